@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Byte counts as literals: whoever changes the format changes these numbers by hand."""
+
+import pytest
+
+from vllm_kvsplice.errors import KVSpliceError
+from vllm_kvsplice.layout import LatentLayout, TierPlan, ratios
+
+NEAR_LOSSLESS = [(8, 32), (4, 96)]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "k", "v", "k_bytes", "v_bytes"),
+    [
+        pytest.param(128, NEAR_LOSSLESS, NEAR_LOSSLESS, 86, 86, id="near_lossless: 32+48 codes, 2+4 scales"),
+        pytest.param(64, [(8, 16), (4, 48)], [(8, 16), (4, 48)], 46, 46, id="near_lossless at 64"),
+        pytest.param(128, [(8, 128)], [(8, 128)], 130, 130, id="int8"),
+        pytest.param(64, [(8, 64)], [(8, 64)], 66, 66, id="int8 at 64"),
+        pytest.param(128, [(16, 128)], NEAR_LOSSLESS, 256, 86, id="v_only"),
+        pytest.param(128, [(16, 128)], [(16, 96), (0, 32)], 256, 192, id="orthogonal: rank cut at 16 bits"),
+        pytest.param(128, [(16, 128)], [(8, 96), (0, 32)], 256, 98, id="orthogonal_int8"),
+        pytest.param(128, [(16, 128)], [(4, 96), (0, 32)], 256, 52, id="orthogonal_int4"),
+        pytest.param(128, [(8, 16), (4, 80), (2, 32)], [(4, 64), (2, 64)], 74, 56, id="three tiers, two-bit tails"),
+        pytest.param(80, [(8, 24), (4, 56)], [(8, 40), (0, 40)], 58, 42, id="head_dim 80, rank 40"),
+    ],
+)
+def test_bytes_per_token_and_head(head_dim, k, v, k_bytes, v_bytes):
+    layout = LatentLayout.of(head_dim, k, v)
+    assert (layout.side_bytes("k"), layout.side_bytes("v")) == (k_bytes, v_bytes)
+    assert layout.bytes_per_token_head == k_bytes + v_bytes
+    assert layout.page_bytes(48) == 48 * (k_bytes + v_bytes)
+
+
+def test_plane_offsets_of_a_16_token_page():
+    layout = LatentLayout.of(128, NEAR_LOSSLESS, [(8, 64), (2, 32), (0, 32)])
+    assert layout.plan("k", 16) == (TierPlan(8, 32, 0, 0, 1280, -1), TierPlan(4, 96, 32, 512, 1312, 1344))
+    # V starts after 16 * 86 bytes of K: 64 * 16 codes, 8 * 16 codes, then scale, scale, zero
+    assert layout.plan("v", 16) == (TierPlan(8, 64, 0, 1376, 2528, -1), TierPlan(2, 32, 64, 2400, 2560, 2592))
+    assert layout.page_bytes(16) == 2624 == 2592 + 32
+
+
+@pytest.mark.parametrize("block_size", [16, 48, 528])
+@pytest.mark.parametrize("k", [[(16, 40), (8, 24), (4, 8), (2, 8)], [(2, 80)], [(4, 72), (0, 8)]])
+def test_planes_tile_the_page_without_gap_on_16_bytes(block_size, k):
+    layout = LatentLayout.of(80, k, [(8, 40), (4, 40)])
+    spans = []
+    for side in ("k", "v"):
+        for t in layout.plan(side, block_size):
+            spans.append((t.codes_offset, block_size * t.dims * t.bits // 8))
+            spans += [(o, 2 * block_size) for o in (t.scale_offset, t.zero_offset) if o >= 0]
+    end = 0
+    for offset, size in sorted(spans):
+        assert offset == end and offset % 16 == 0
+        end = offset + size
+    assert end == layout.page_bytes(block_size)
+
+
+def test_ratios_are_all_in_and_per_side():
+    layout = LatentLayout.of(128, [(16, 128)], NEAR_LOSSLESS)
+    assert ratios([layout]) == (1.0, 256 / 86, 512 / 342)
+    other = LatentLayout.of(128, [(8, 128)], [(8, 128)])
+    assert ratios([layout, other]).kv == 1024 / (342 + 260)
+
+
+def test_json_round_trip():
+    layout = LatentLayout.of(128, [(8, 16), (4, 80), (2, 32)], [(4, 96), (0, 32)])
+    assert LatentLayout.from_json(layout.to_json()) == layout
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "k", "why"),
+    [
+        (128, [(8, 120)], "cover 120 dimensions: expected head_dim 128"),
+        (128, [(4, 64), (8, 64)], "expected some of .* falling"),
+        (128, [(8, 64), (8, 64)], "each once"),
+        (128, [(3, 128)], "bits \\[3\\]"),
+        (128, [(8, 124), (4, 4)], "multiples of 8"),
+        (128, [(8, 136), (4, -8)], "positive"),
+        (128, [(0, 128)], "store nothing"),
+        (100, [(8, 100)], "head_dim 100"),
+        (1 << 30, [(8, 1 << 30)], "head_dim 1073741824"),
+    ],
+)
+def test_refuses_what_it_cannot_store(head_dim, k, why):
+    with pytest.raises(KVSpliceError, match=why):
+        LatentLayout.of(head_dim, k, k)
+
+
+@pytest.mark.parametrize("data", [None, [], {}, {"head_dim": "128", "k": [], "v": []}, {"head_dim": 8, "k": [[8]], "v": [[8, 8]]},
+                                  {"head_dim": 8, "k": [[True, 8]], "v": [[8, 8]]}, {"head_dim": 8, "k": 3, "v": 4}])  # fmt: skip
+def test_json_from_outside_is_refused_in_one_sentence(data):
+    with pytest.raises(KVSpliceError, match=r"^[^\n]*\.$"):
+        LatentLayout.from_json(data)
+
+
+@pytest.mark.parametrize("block_size", [0, -16, 8, 24, 100])
+def test_block_sizes_that_break_alignment(block_size):
+    with pytest.raises(KVSpliceError, match="multiple of 16"):
+        LatentLayout.of(64, [(8, 64)], [(8, 64)]).page_bytes(block_size)
