@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of a batch over its compressed pages: project_query, decode and reduce_expand, one after another.
+
+In: queries, pages, bases. Out: the attention output. Meaning: reference.paged_attention. With a workspace given,
+nothing is allocated and nothing waits for the GPU, so that a CUDA graph can hold it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from kvsplice_kernels.decode import decode
+from kvsplice_kernels.plan import Plan
+from kvsplice_kernels.project_query import project_query
+from kvsplice_kernels.reduce_expand import reduce_expand
+from torch import Tensor
+
+
+class Workspace(NamedTuple):
+    """fp32 scratch of one call: T tokens, num_splits splits."""
+
+    q_latent: Tensor  # [T, num_heads, k_rank]
+    q_bias: Tensor  # [T, num_heads]
+    latent: Tensor  # [T, num_heads, num_splits, v_rank]
+    lse: Tensor  # [T, num_heads, num_splits]
+
+
+def workspace_shapes(
+    num_tokens: int, num_heads: int, k_rank: int, v_rank: int, num_splits: int
+) -> tuple[tuple[int, ...], ...]:
+    """Shapes of a Workspace's tensors in order; all are contiguous fp32."""
+    rows = (num_tokens, num_heads)
+    return (*rows, k_rank), rows, (*rows, num_splits, v_rank), (*rows, num_splits)
+
+
+def choose_num_splits(num_reqs: int, num_kv_heads: int, max_seq_len: int, num_sms: int, tile: int = 64) -> int:
+    """Splits of the keys so that about eight one-warp programs lie on each multiprocessor, each with 4 tiles or more."""
+    wanted = -(-8 * num_sms // max(1, num_reqs * num_kv_heads))
+    return max(1, min(wanted, -(-max_seq_len // (4 * tile)), 128))
+
+
+def paged_attention(
+    query: Tensor,
+    kv_cache: Tensor,
+    k_plan: Plan,
+    v_plan: Plan,
+    k_decode: Tensor,
+    k_mean: Tensor,
+    v_decode: Tensor,
+    v_mean: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    scale: float,
+    out: Tensor,
+    max_query_len: int,
+    num_splits: int = 1,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    wide_dtype: torch.dtype = torch.bfloat16,
+    skip_first_chunks: bool = False,
+    workspace: Workspace | None = None,
+) -> None:
+    """Attention over compressed pages that already hold this step's tokens, writing into ``out``.
+
+    Args:
+        query: [T, num_heads, head_dim], requests one after another as ``query_start_loc`` [B + 1] int32 says.
+        kv_cache: [num_blocks, H, block_size, C] uint8. k_plan, v_plan: LatentLayout.plan("k" | "v", block_size).
+        k_decode, k_mean, v_decode, v_mean: [H, head_dim, rank] and [H, head_dim], fp32.
+        block_table: [B, max_blocks] int32. seq_lens: [B] int32, new tokens included.
+        out: [>= T, num_heads, head_dim]. Rows that see no key become 0; rows of no request are not written.
+        max_query_len: upper bound of the requests' query tokens. num_splits: splits of the keys, see choose_num_splits.
+        sliding_window: a query sees keys at distance < sliding_window. soft_cap: logits become cap * tanh(logit / cap).
+        wide_dtype: of 16-bit tiers.
+        skip_first_chunks: leave requests with seq_len == query_len, which another path serves, untouched in ``out``.
+        workspace: scratch; allocated here if None.
+    Raises:
+        ValueError: a tensor has the wrong dtype, shape or strides.
+    """
+    num_tokens, num_heads, _ = query.shape
+    if workspace is None:
+        shapes = workspace_shapes(num_tokens, num_heads, k_decode.shape[-1], v_decode.shape[-1], num_splits)
+        workspace = Workspace(*(torch.empty(s, dtype=torch.float32, device=query.device) for s in shapes))
+    project_query(query, k_decode, k_mean, workspace.q_latent, workspace.q_bias)
+    decode(
+        workspace.q_latent,
+        workspace.q_bias,
+        kv_cache,
+        k_plan,
+        v_plan,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        workspace.latent,
+        workspace.lse,
+        scale,
+        max_query_len,
+        sliding_window,
+        soft_cap,
+        wide_dtype,
+        skip_first_chunks,
+    )
+    reduce_expand(
+        workspace.latent,
+        workspace.lse,
+        v_decode,
+        v_mean,
+        seq_lens,
+        query_start_loc,
+        out,
+        max_query_len,
+        skip_first_chunks,
+    )

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Codes in a page: the jit helpers that cache_write, decode and fused_expand share, each with its inverse beside it.
+
+In come tier plans (plain tuples of integers) and page pointers; out go rounded and packed codes, or codes as exact
+fp16 tiles. The meaning is reference.quantize, pack, unpack and dequantize.
+"""
+
+import triton
+import triton.language as tl
+from kvsplice_kernels.plan import (
+    chunk_col,
+    chunk_pad,
+    chunk_width,
+    codes_offset,
+    num_tiers,
+    scale_offset,
+    tier_bits,
+    tier_row,
+    tier_start,
+    zero_offset,
+)
+
+# Clip candidates (count, step) by bit width, reference.CLIP_SEARCH.
+CLIP_COUNT_4 = tl.constexpr(4)
+CLIP_STEP_4 = tl.constexpr(0.06)
+CLIP_COUNT_2 = tl.constexpr(8)
+CLIP_STEP_2 = tl.constexpr(0.08)
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+# ---------------------------------------------------------------- arithmetic
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b with fp32 accumulation; PRECISION matters for fp32 operands only."""
+    if INTERPRETED:  # the interpreter multiplies raw bf16 bits
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def to_float(x, TYPE: tl.constexpr):
+    """fp32 -> TYPE, to nearest even."""
+    if INTERPRETED and tl.bfloat16 == TYPE:  # the interpreter truncates
+        bits = x.to(tl.int32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(TYPE)
+
+
+@triton.jit
+def floor_power_of_two(x):
+    """The largest power of two <= x, fp32, held within 2**-40 .. 2**100 so that its inverse is normal too."""
+    exponent = x.to(tl.int32, bitcast=True) & 0x7F800000
+    exponent = tl.minimum(tl.maximum(exponent, 87 << 23), 227 << 23)
+    return exponent.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def inverse_power_of_two(x):
+    """1 / x, exact, for x a power of two from floor_power_of_two."""
+    return ((254 << 23) - x.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+# ---------------------------------------------------------------- codes: numbers -> bytes and back
+@triton.jit
+def to_fp16(x):
+    """Nearest fp16, saturating."""
+    return tl.minimum(tl.maximum(x, -65504.0), 65504.0).to(tl.float16)
+
+
+@triton.jit
+def round_to_code(z, scale, zero, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """Nearest code of z [rows, dims] as fp32, ties to even; scale and zero [rows] fp32; a zero scale gives code 0."""
+    safe = tl.where(scale > 0, scale, 1.0)
+    code = tl.div_rn(z - zero[:, None], tl.broadcast_to(safe[:, None], z.shape))
+    code = tl.minimum(tl.maximum(code, LOW), HIGH)
+    code = (code + 12582912.0) - 12582912.0  # 1.5 * 2**23: rounds to even below 2**22
+    return tl.where((scale > 0)[:, None], code, 0.0)
+
+
+@triton.jit
+def code_to_number(code, scale, zero):
+    """Inverse of round_to_code: latents from fp32 codes [rows, dims]."""
+    return code * scale[:, None] + zero[:, None]
+
+
+@triton.jit
+def pack_part(packed, code, i: tl.constexpr, NBITS: tl.constexpr):
+    """Add part i of a byte: fp32 codes into int32 ``packed`` (start from 0)."""
+    return packed | ((code.to(tl.int32) & ((1 << NBITS) - 1)) << (i * NBITS))
+
+
+@triton.jit
+def unpack_part(raw, i: tl.constexpr, NBITS: tl.constexpr):
+    """Inverse of pack_part: uint8 -> exact fp16 codes. 0x6400 | n is the fp16 number 1024 + n: no slow int-to-float."""
+    word = raw.to(tl.int16)
+    if NBITS == 8:
+        return ((word ^ 0x80) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
+    else:
+        return (((word >> (i * NBITS)) & ((1 << NBITS) - 1)) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+
+
+@triton.jit
+def operand(raw, i: tl.constexpr, PLAN: tl.constexpr, t: tl.constexpr):
+    """Part i of a loaded chunk as a dot operand: the model's float at 16 bits, else fp16 codes."""
+    if tier_bits(PLAN, t) == 16:
+        return raw
+    else:
+        return unpack_part(raw, i, tier_bits(PLAN, t))
+
+
+@triton.jit
+def own_columns(PLAN: tl.constexpr, t: tl.constexpr, c: tl.constexpr):
+    """Columns [PAD] of a chunk that are not padding."""
+    return tl.arange(0, chunk_pad(PLAN, t, c)) < chunk_width(PLAN, t, c)
+
+
+@triton.jit
+def part_dims(i: tl.constexpr, PLAN: tl.constexpr, t: tl.constexpr, c: tl.constexpr):
+    """Latent dimensions [PAD] of part i of a chunk; those from WIDTH on belong to others."""
+    return tier_start(PLAN, t) + i * tier_row(PLAN, t) + chunk_col(PLAN, t, c) + tl.arange(0, chunk_pad(PLAN, t, c))
+
+
+# ---------------------------------------------------------------- places in a page
+@triton.jit
+def load_block(table_ptr, tile, first, end, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Block id of a tile, or of each of its tokens if pages are smaller; 0 where no token of [first, end) needs one."""
+    if BLOCK_SIZE % TILE == 0:
+        return tl.load(table_ptr + tile * TILE // BLOCK_SIZE, mask=tile * TILE < end, other=0)
+    else:
+        position = tile * TILE + tl.arange(0, TILE)
+        return tl.load(table_ptr + position // BLOCK_SIZE, mask=(position >= first) & (position < end), other=0)
+
+
+@triton.jit
+def page_of(cache_ptr, block, stride_block):
+    return cache_ptr + block.to(tl.int64) * stride_block  # block * stride passes 2**31 on a large cache
+
+
+@triton.jit
+def code_ptrs(
+    page, row, PLAN: tl.constexpr, t: tl.constexpr, c: tl.constexpr, WIDE: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """Pointers to a chunk [rows, PAD], or [PAD, rows] if TRANSPOSED; page: one uint8 pointer, or one for each row."""
+    plane = page + codes_offset(PLAN, t)
+    if tier_bits(PLAN, t) == 16:
+        plane = plane.to(tl.pointer_type(WIDE))
+    col = chunk_col(PLAN, t, c) + tl.arange(0, chunk_pad(PLAN, t, c))
+    if TRANSPOSED:
+        if len(page.shape) == 1:
+            plane = plane[None, :]
+        return plane + (row[None, :] * tier_row(PLAN, t) + col[:, None])
+    else:
+        if len(page.shape) == 1:
+            plane = plane[:, None]
+        return plane + (row[:, None] * tier_row(PLAN, t) + col[None, :])
+
+
+@triton.jit
+def load_codes(
+    page, row, valid, PLAN: tl.constexpr, t: tl.constexpr, c: tl.constexpr, WIDE: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """Raw chunk of tokens ``row`` of a page. Foreign bytes in rows that are not valid come out finite, never as NaN."""
+    ptrs = code_ptrs(page, row, PLAN, t, c, WIDE, TRANSPOSED)
+    inside = own_columns(PLAN, t, c)
+    if tier_bits(PLAN, t) == 16:
+        if TRANSPOSED:
+            return tl.load(ptrs, mask=inside[:, None] & valid[None, :], other=0.0)
+        else:
+            return tl.load(ptrs, mask=inside[None, :] & valid[:, None], other=0.0)
+    else:
+        if chunk_pad(PLAN, t, c) == chunk_width(PLAN, t, c):
+            return tl.load(ptrs)
+        elif TRANSPOSED:
+            return tl.load(ptrs, mask=inside[:, None], other=0)
+        else:
+            return tl.load(ptrs, mask=inside[None, :], other=0)
+
+
+@triton.jit
+def scale_ptrs(page, row, OFFSET: tl.constexpr):
+    """Pointers [rows] into a plane of fp16 scales or zero points."""
+    return (page + OFFSET).to(tl.pointer_type(tl.float16)) + row
+
+
+@triton.jit
+def load_scales(page, row, PLAN: tl.constexpr):
+    """Scale and zero point of every tier, flat: 2 * num_tiers fp16 vectors [rows]; zeros where a tier has none."""
+    scales = ()
+    for t in tl.static_range(num_tiers(PLAN)):
+        scales = scales + (_load_plane(page, row, scale_offset(PLAN, t)), _load_plane(page, row, zero_offset(PLAN, t)))
+    return scales
+
+
+@triton.jit
+def _load_plane(page, row, OFFSET: tl.constexpr):
+    if OFFSET >= 0:
+        return tl.load(scale_ptrs(page, row, OFFSET))
+    else:
+        return tl.zeros(row.shape, tl.float16)

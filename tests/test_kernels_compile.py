@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel compiles for NVIDIA GPUs, checked without one: launches are recorded and handed to Triton's compiler.
+
+Run as a script, the file prints registers, spills and shared memory of each kernel:
+``python tests/test_kernels_compile.py [--arch 90] [--case near-lossless-128]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+ARCHS = (80, 90, 100)
+# id -> (head_dim, K tiers, V tiers, wide dtype, group, block size, soft cap, window)
+CASES = {
+    "near-lossless-128": (128, [(8, 32), (4, 96)], [(8, 32), (4, 96)], torch.bfloat16, 7, 16, None, None),
+    "int8-64": (64, [(8, 64)], [(8, 64)], torch.bfloat16, 3, 64, None, None),
+    "v-only-128": (128, [(16, 128)], [(8, 96), (0, 32)], torch.bfloat16, 4, 16, None, None),
+    "mixed-256": (256, [(8, 64), (4, 160), (2, 32)], [(4, 128), (2, 128)], torch.bfloat16, 8, 528, 50.0, 4096),
+    "wide-fp16-80": (80, [(16, 40), (8, 40)], [(16, 40), (2, 40)], torch.float16, 1, 48, None, 512),
+}
+
+
+class Launch(NamedTuple):
+    """A recorded launch."""
+
+    kernel: object
+    grid: object
+    args: tuple[object, ...]
+    options: dict[str, object]
+
+
+def record(call: Callable[[], None]) -> list[Launch]:
+    """Launches that ``call`` makes, none of them run."""
+    from triton.runtime.jit import JITFunction
+
+    launches: list[Launch] = []
+    original = JITFunction.__getitem__
+    JITFunction.__getitem__ = lambda fn, grid: lambda *args, **opts: launches.append(Launch(fn, grid, args, opts))
+    try:
+        call()
+    finally:
+        JITFunction.__getitem__ = original
+    return launches
+
+
+class NoDevice:
+    """As much of a Triton driver as compiling asks for; the device number is the architecture."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> object:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def launches_of(name: str) -> Iterator[tuple[str, Launch]]:
+    """Launches of one case: a cache write, decode steps, speculative tokens, prefill over context, expansion."""
+    from kvsplice_kernels import attention, cache_write, fused_expand
+
+    from vllm_kvsplice.layout import LatentLayout
+
+    head_dim, k, v, wide, group, block_size, soft_cap, window = CASES[name]
+    layout, H, B = LatentLayout.of(head_dim, k, v), 2, 4
+    cache = torch.empty(8, H, block_size, layout.bytes_per_token_head, dtype=torch.uint8)
+    plans = layout.plan("k", block_size), layout.plan("v", block_size)
+    ranks = layout.rank("k"), layout.rank("v")
+    mean = torch.empty(H, head_dim)
+    encode = [torch.empty(H, r, head_dim) for r in ranks]
+    decode = [torch.empty(H, head_dim, r) for r in ranks]
+    table = torch.empty(B, 64, dtype=torch.int32)
+    lens, starts = torch.empty(B, dtype=torch.int32), torch.empty(B + 1, dtype=torch.int32)
+    for T in (B, 1024):
+        x, slots = torch.empty(T, H, head_dim, dtype=wide), torch.empty(T, dtype=torch.int64)
+        args = (x, x, cache, slots, encode[0], mean, encode[1], mean, *plans, wide)
+        yield from named(f"T={T}", record(lambda args=args: cache_write.cache_write(*args)))
+    for T, max_query_len, splits in ((B, 1, 16), (512, 4, 2), (1024, 1024, 1)):
+        q = torch.empty(T, H * group, head_dim, dtype=wide)
+        args = (q, cache, *plans, decode[0], mean, decode[1], mean, table, lens, starts, 0.1, q, max_query_len, splits)
+        options = dict(sliding_window=window, soft_cap=soft_cap, wide_dtype=wide)
+        found = record(lambda args=args, options=options: attention.paged_attention(*args, **options))
+        yield from named(f"T={T} q={max_query_len}", found)
+    out = torch.empty(1024, H, head_dim, dtype=wide)
+    args = (cache, plans[1], table, lens, starts, decode[1], mean, out, 512, wide)
+    yield from named("context", record(lambda: fused_expand.expand_cached(*args)))
+    scale = torch.empty(1024, H, dtype=torch.float16)
+    codes = torch.empty(1024, H, ranks[1], dtype=torch.int8)
+    packed = torch.empty(1024, H, ranks[1] // 2, dtype=torch.uint8)
+    yield from named("int8", record(lambda: fused_expand.fused_expand_int8(codes, scale, decode[1], mean, out)))
+    yield from named("int4", record(lambda: fused_expand.fused_expand_int4(packed, scale, scale, decode[1], mean, out)))
+
+
+def named(label: str, launches: list[Launch]) -> Iterator[tuple[str, Launch]]:
+    for launch in launches:
+        yield f"{launch.kernel.__name__} {label}", launch
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, spilled bytes) that the assembler reports for a cubin."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+    return tuple(int(re.search(rf"{word}:(\d+)", text).group(1)) for word in ("REG", "STACK"))
+
+
+def compile_one(arch: int, name: str, label: str, launch: Launch) -> str:
+    """Compile through the JIT's own binder for the active architecture and describe the result in a line."""
+    compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+    registers, spilled = resources(compiled.asm["cubin"])
+    meta = compiled.metadata
+    return (
+        f"sm_{arch} {name:18s} {label:34s} warps {meta.num_warps} stages {meta.num_stages} "
+        f"registers {registers:3d} stack {spilled:5d} shared {meta.shared}"
+    )
+
+
+def compile_all(arch: int, cases: list[str]) -> int:
+    """Compile the cases for one architecture, a line for each kernel; returns how many failed."""
+    from triton.runtime import driver
+
+    driver.set_active(NoDevice(arch))
+    jobs = [(arch, case, label, launch) for case in cases for label, launch in launches_of(case)]
+    failed = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for job, done in [(job, pool.submit(compile_one, *job)) for job in jobs]:
+            try:
+                print(done.result(), flush=True)
+            except Exception as error:  # report every kernel, not the first that fails
+                failed += 1
+                root: BaseException = error
+                while root.__cause__ or root.__context__:
+                    root = root.__cause__ or root.__context__
+                print(f"FAILED sm_{arch} {job[1]} {job[2]}: {error}\n{root!r}", flush=True)
+    return failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compile every kernel for NVIDIA GPUs, without one.")
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHS)
+    parser.add_argument("--case", action="append", choices=sorted(CASES))
+    args = parser.parse_args()
+    return 1 if sum(compile_all(arch, args.case or list(CASES)) for arch in args.arch or ARCHS) else 0
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("case", CASES)
+def test_compiles(case: str, arch: int) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, "--case", case, "--arch", str(arch)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("registers") >= 14, done.stdout
+
+
+if __name__ == "__main__":
+    sys.exit(main())

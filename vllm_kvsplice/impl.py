@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention implementation of one layer: refuses, loads, and routes a step's rows to the write and read paths."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_kvsplice import attention_layer, projector_source, refusals, startup
+from vllm_kvsplice.attention_layer import LayerCodec, bases_of
+from vllm_kvsplice.backend import backend_with_bytes
+from vllm_kvsplice.errors import KVSpliceError
+from vllm_kvsplice.metadata import KVSpliceMetadata
+from vllm_kvsplice.settings import read_settings
+from vllm_kvsplice.vllm_compat import (
+    AttentionImpl,
+    AttentionType,
+    attention_layers,
+    batch_invariant,
+    current_platform,
+    get_current_vllm_config,
+    tensor_parallel,
+)
+
+
+class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
+    """Built by vLLM with the layer; ready after ``process_weights_after_loading``. Holds nothing of a step."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **extra: Any,
+    ) -> None:
+        self.vllm_config = get_current_vllm_config()
+        refusals.check_layer(head_size, alibi_slopes, kv_cache_dtype, attn_type, extra)
+        refusals.check_engine(self.vllm_config, batch_invariant(), current_platform.device_type)
+        self.settings = read_settings(self.vllm_config.additional_config)
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.sliding_window, self.soft_cap = sliding_window, logits_soft_cap or None
+        self.kv_cache_dtype = kv_cache_dtype
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        # A KV-sharing layer gets no keys and values of its own that mean anything.
+        self.exact_prefill = self.settings.prefill == "exact" and kv_sharing_target_layer_name is None
+        self.path = _path()
+        self.codec: LayerCodec | None = None
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Take this layer's part of the projector; again after a weight reload, with the same result."""
+        name, layer = attention_layer.find_layer(self.vllm_config, self)
+        attention_layer.check_kind(name, layer)
+        model = self.vllm_config.model_config
+        projector = projector_source.for_engine(self.settings.projector, model.model, model.revision)
+        if projector is not None:
+            projector.verify(model.hf_text_config)
+        heads = attention_layer.local_kv_heads(model.get_total_num_kv_heads(), *tensor_parallel())
+        found = attention_layer.projector_layer(
+            projector, self.kv_sharing_target_layer_name or name, self.head_size, self.num_kv_heads, heads
+        )
+        layers = attention_layers(self.vllm_config)
+        windows = {getattr(other, "sliding_window", None) for other in layers.values()}
+        wide = layer.kv_cache_torch_dtype if layer.kv_cache_torch_dtype.itemsize == 2 else torch.bfloat16
+        self.codec = LayerCodec(
+            found.layout,
+            attention_layer.cell_bytes(found.layout, projector, windows),
+            wide,
+            self.num_heads,
+            self.num_kv_heads,
+            self.scale,
+            self.sliding_window,
+            self.soft_cap,
+        )
+        attention_layer.attach(layer, found, layer._k_scale.device)
+        layer.attn_backend = backend_with_bytes(layer.attn_backend, self.codec.bytes_per_token_head)
+        startup.reserve(self.vllm_config, self.path, self.codec, layer._k_scale.device)
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Write the step's keys and values; vLLM calls it before ``forward``, and not for KV-sharing layers."""
+        if kv_cache.numel() == 0:
+            return
+        self.path.write(self._codec(), bases_of(layer), key, value, kv_cache, slot_mapping)
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: KVSpliceMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attend; rows of ``output`` beyond the step's tokens are left alone. No metadata: a profiling run."""
+        if output_scale is not None or output_block_scale is not None:
+            raise KVSpliceError("kvsplice does not support fused output quantisation: serve without that compilation pass.")
+        if attn_metadata is None:
+            return output.fill_(0)
+        codec, bases = self._codec(), bases_of(layer)
+        decodes, prefills = attn_metadata.decodes, attn_metadata.prefills
+        start = decodes.num_tokens
+        if start:
+            self.path.decode(codec, bases, query[:start], kv_cache, decodes, output[:start])
+        if prefills is not None:
+            rows = slice(start, start + prefills.num_tokens)
+            fresh = (key[rows], value[rows]) if self.exact_prefill else None
+            self.path.prefill(codec, bases, query[rows], fresh, kv_cache, prefills, output[rows])
+        return output
+
+    def _codec(self) -> LayerCodec:
+        if self.codec is None:
+            raise KVSpliceError("kvsplice ran before its projector was loaded: load the model with vLLM's own loaders.")
+        return self.codec
+
+
+def _path() -> ModuleType:
+    """torch on a CPU, Triton on CUDA; refusals.check_engine has turned other devices away."""
+    if current_platform.device_type == "cpu":
+        from vllm_kvsplice import torch_path
+
+        return torch_path
+    from vllm_kvsplice import triton_path
+
+    return triton_path

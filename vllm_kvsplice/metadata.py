@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step's batch as the read path needs it: decode requests first, prefill requests after. Built without a device sync."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vllm_kvsplice import projector_source
+from vllm_kvsplice.errors import KVSpliceError
+from vllm_kvsplice.vllm_compat import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    VllmConfig,
+    split_decodes_and_prefills,
+)
+
+
+@dataclass
+class Requests:
+    """A run of requests of one step, its tokens numbered from 0."""
+
+    num_reqs: int
+    num_tokens: int
+    max_query_len: int  # upper bounds, on the host
+    max_seq_len: int
+    query_start_loc: Tensor  # [num_reqs + 1] int32
+    seq_lens: Tensor  # [num_reqs] int32, new tokens included; 0 in padding rows
+    block_table: Tensor  # [num_reqs, max_blocks] int32
+
+
+@dataclass
+class Prefills(Requests):
+    """Requests with more new tokens than a decode step has."""
+
+    query_start_loc_cpu: Tensor
+    first_chunk: list[bool]  # [num_reqs]: nothing of the request was in the cache before this step
+
+
+@dataclass
+class KVSpliceMetadata(AttentionMetadata):
+    """Decode requests lead the batch; either part may be empty. ``slot_mapping`` reaches the write path on its own."""
+
+    num_actual_tokens: int
+    decodes: Requests
+    prefills: Prefills | None
+
+
+class KVSpliceMetadataBuilder(AttentionMetadataBuilder[KVSpliceMetadata]):
+    """Splits vLLM's batch. Rows of up to 1 + num_speculative_tokens tokens are decodes, captured in full CUDA graphs."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        projector_source.forget()
+        from vllm_kvsplice import startup
+
+        startup.announce(vllm_config, layer_names)
+
+    @property
+    def _decode_query_len(self) -> int:
+        return self.reorder_batch_threshold or 1
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> KVSpliceMetadata:
+        m = common_attn_metadata
+        if m.causal is not True:
+            raise KVSpliceError(
+                "kvsplice does not support non-causal attention: serve this model without --attention-backend kvsplice."
+            )
+        num_decodes, num_prefills, decode_tokens, prefill_tokens = split_decodes_and_prefills(m, self._decode_query_len)
+        decodes = Requests(
+            num_decodes,
+            decode_tokens,
+            min(m.max_query_len, self._decode_query_len),
+            m.max_seq_len,
+            m.query_start_loc[: num_decodes + 1],
+            m.seq_lens[:num_decodes],
+            m.block_table_tensor[:num_decodes],
+        )
+        prefills = _prefills(m, num_decodes, num_prefills, decode_tokens, prefill_tokens) if num_prefills else None
+        return KVSpliceMetadata(m.num_actual_tokens, decodes, prefills)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> KVSpliceMetadata:
+        """Capture over sequences that hold their own query only, with the split count that the longest would get."""
+        metadata = self.build(0, common_attn_metadata)
+        metadata.decodes.seq_lens.fill_(common_attn_metadata.max_query_len)  # read again when the graph is replayed
+        metadata.decodes.max_seq_len = self.vllm_config.model_config.max_model_len
+        return metadata
+
+
+def _prefills(m: CommonAttentionMetadata, skip: int, num_reqs: int, skip_tokens: int, num_tokens: int) -> Prefills:
+    stop = skip + num_reqs
+    starts = m.query_start_loc_cpu[skip : stop + 1] - skip_tokens
+    query_lens = starts[1:] - starts[:-1]
+    known = m.seq_lens_cpu_upper_bound  # exact for prefill rows
+    first = [False] * num_reqs if known is None else (known[skip:stop] == query_lens).tolist()
+    return Prefills(
+        num_reqs,
+        num_tokens,
+        m.max_query_len,
+        m.max_seq_len,
+        m.query_start_loc[skip : stop + 1] - skip_tokens,
+        m.seq_lens[skip:stop],
+        m.block_table_tensor[skip:stop],
+        starts,
+        first,
+    )

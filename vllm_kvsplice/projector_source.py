@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the projector of an engine: the setting, else beside the model's weights, else none (the int8 default)."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from pathlib import Path
+
+from vllm_kvsplice.errors import KVSpliceError
+from vllm_kvsplice.projector import FILE_NAME, Projector
+
+logger = logging.getLogger("vllm.kvsplice")
+
+
+def locate(setting: str | None, model: str, revision: str | None = None) -> Path | None:
+    """Path of the projector file, or None if there is none and nobody asked for one.
+
+    Args:
+        setting: file, folder or Hugging Face repo id; KVSpliceError if nothing is there. None: look beside the weights.
+        model: the model as vLLM was given it, a folder, a file or a repo id. revision: of the model's repo.
+    """
+    if setting is None:
+        return _beside(model, revision)
+    path = Path(setting).expanduser()
+    if path.is_dir():
+        return path / FILE_NAME
+    if path.exists() or not _is_repo_id(setting):
+        return path  # Projector.load names what is wrong with it
+    found, why = _from_hub(setting, None)
+    if found is None:
+        raise KVSpliceError(
+            f"projector {setting!r} is neither a file here nor a Hugging Face repo that holds {FILE_NAME} ({why}): "
+            "make one with `kvsplice calibrate MODEL --out FILE`."
+        )
+    return found
+
+
+@lru_cache(maxsize=1)
+def for_engine(setting: str | None, model: str, revision: str | None) -> Projector | None:
+    """The projector that ``locate`` finds, read once for all layers of a load; ``forget`` frees it. None: the default."""
+    path = locate(setting, model, revision)
+    if path is None:
+        logger.info(
+            "kvsplice: no projector (no setting, no %s beside the weights): K and V are rotated int8, near lossless. For a "
+            "smaller cache: `kvsplice calibrate %s --out FILE`, then --additional-config.kvsplice.projector FILE",
+            FILE_NAME,
+            model,
+        )
+        return None
+    projector = Projector.load(path)
+    logger.info("kvsplice: projector %s (preset %s)", path, projector.metadata.preset)
+    return projector
+
+
+def forget() -> None:
+    """Drop what ``for_engine`` holds: all layers have taken their part, and a reload shall read the file anew."""
+    for_engine.cache_clear()
+
+
+def _beside(model: str, revision: str | None) -> Path | None:
+    path = Path(model)
+    if path.exists():
+        found: Path | None = (path if path.is_dir() else path.parent) / FILE_NAME
+        return found if found is not None and found.exists() else None
+    return _from_hub(model, revision)[0] if _is_repo_id(model) else None
+
+
+def _is_repo_id(text: str) -> bool:
+    return text.count("/") <= 1 and not text.startswith((".", "/", "~")) and not text.endswith(".safetensors")
+
+
+def _from_hub(repo: str, revision: str | None) -> tuple[Path | None, str]:
+    """The file from the hub or its cache, or None with the reason."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(repo, FILE_NAME, revision=revision)), ""
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120].rstrip('. ')}"

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to calibrate and score on: a file, a data set, or the English that every CPython carries.
+
+In: a path, a data set's name, or neither. Out: ``Text`` with its name and digest, and windows of token ids from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_kvsplice.errors import KVSpliceError
+
+MAX_CHARS = 32 << 20  # of one text; the rest of a longer file or data set is not read
+BUILTIN = "pydoc_data.topics"
+# name: path, configuration, data files, split
+DATASETS: dict[str, tuple[str, str | None, str | None, str]] = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "train"),
+    "c4": ("allenai/c4", None, "en/c4-train.00000-of-01024.json.gz", "train"),
+}
+_RULE = re.compile(r"[\W_]+")  # a line of punctuation: underlines, table borders
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, what to call it, and the SHA-256 of its UTF-8 bytes in hex."""
+
+    name: str
+    content: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content.encode()).hexdigest()
+
+
+def load_text(path: str | None = None, dataset: str | None = None) -> Text:
+    """The text of a UTF-8 file, or of a data set ("wikitext2", "c4"), or the built-in one; at most 32 Mi characters.
+
+    Raises KVSpliceError if both are given, the file is not readable text, or the data set cannot be had.
+    """
+    if path and dataset:
+        raise KVSpliceError(f"both a text file ({path}) and a data set ({dataset}) are given: pass --text or --dataset.")
+    if dataset:
+        return Text(dataset, _dataset(dataset))
+    return Text(Path(path).name, _file(Path(path))) if path else Text(BUILTIN, builtin_text())
+
+
+def builtin_text() -> str:
+    """The language reference in ``pydoc_data.topics`` as running prose: about 50,000 words of English and some code.
+
+    Paragraphs are unwrapped, underlines and tables dropped, and a paragraph that several topics share is kept once.
+    """
+    from pydoc_data.topics import topics  # type: ignore[import-not-found, unused-ignore]
+
+    return prose(topics[name] for name in sorted(topics))
+
+
+def prose(documents: Iterable[str]) -> str:
+    """Unwrapped paragraphs of plain-text documents, each once, in order."""
+    seen: dict[str, None] = {}
+    for document in documents:
+        for paragraph in re.split(r"\n\s*\n", document):
+            lines = [line for line in paragraph.splitlines() if not _RULE.fullmatch(line) and line.strip()[:1] not in "|+"]
+            indents = {len(line) - len(line.lstrip()) for line in lines}
+            separator = " " if len(indents) <= 1 else "\n"  # code and lists keep their lines
+            seen.setdefault(separator.join(line.strip() for line in lines))
+    return "\n\n".join(paragraph for paragraph in seen if paragraph) + "\n"
+
+
+def special_prefix(tokenizer: Any) -> list[int]:
+    """The BOS token if this tokenizer opens every text with one, else nothing."""
+    first = list(tokenizer("a").input_ids[:1])
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def token_windows(text: Text, tokenizer: Any, seq_len: int, samples: int, seed: int) -> Tensor:
+    """Windows of a text in a seeded random order.
+
+    Args:
+        seq_len: tokens per window, the tokenizer's BOS (where it opens texts with one) included.
+        samples: most windows returned; windows do not overlap, so a short text gives fewer.
+    Returns:
+        [n, seq_len] int64, 1 <= n <= samples, equal for equal arguments.
+    Raises:
+        KVSpliceError: the text is shorter than one window, or a number is out of range.
+    """
+    prefix = special_prefix(tokenizer)
+    if samples < 1 or seq_len < 2 + len(prefix):
+        raise KVSpliceError(
+            f"--samples {samples} and --seq-len {seq_len} leave nothing to read: expected at least 1 and {2 + len(prefix)}."
+        )
+    ids = torch.tensor(tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int64)
+    length = seq_len - len(prefix)
+    count = len(ids) // length
+    if count == 0:
+        raise KVSpliceError(
+            f"text {text.name} has {len(ids)} tokens, less than one window of {length}: give a longer text or a smaller --seq-len."
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
+    windows = ids[: count * length].view(count, length)[order]
+    return torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(len(windows), -1), windows], dim=1)
+
+
+def _file(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8") as f:
+            content = f.read(MAX_CHARS)
+    except OSError as error:
+        raise KVSpliceError(
+            f"text file {path} cannot be read ({error.strerror}): give --text a readable UTF-8 file."
+        ) from None
+    except UnicodeDecodeError:
+        raise KVSpliceError(f"text file {path} is not UTF-8: convert it, for example with `iconv -t utf-8`.") from None
+    if not content.strip():
+        raise KVSpliceError(f"text file {path} is empty: give --text a file with text in it.")
+    return content
+
+
+def _dataset(name: str) -> str:
+    if name not in DATASETS:
+        raise KVSpliceError(f"data set {name!r} is not known: expected {' or '.join(DATASETS)}, or a file by --text FILE.")
+    try:
+        from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        raise KVSpliceError(
+            f"data set {name} needs the datasets package: `pip install datasets`, or give a file by --text FILE."
+        ) from None
+    path, configuration, files, split = DATASETS[name]
+    try:
+        rows = load_dataset(path, configuration, data_files=files, split=split, streaming=True)
+        return _joined(row["text"] for row in rows)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise KVSpliceError(
+            f"data set {name} cannot be loaded ({reason}): go online, or give a file by --text FILE."
+        ) from None
+
+
+def _joined(parts: Iterable[str]) -> str:
+    """Parts as one text, no more of them than fill MAX_CHARS."""
+    kept, size = [], 0
+    for part in parts:
+        kept.append(part if part.endswith("\n") else part + "\n")
+        size += len(kept[-1])
+        if size >= MAX_CHARS:
+            break
+    return "".join(kept)[:MAX_CHARS]
