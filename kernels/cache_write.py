@@ -15,21 +15,22 @@ from kvsplice_kernels.packing import (
     CLIP_STEP_2,
     CLIP_STEP_4,
     code_ptrs,
-    code_to_number,
     dot,
+    inverse_scale,
     own_columns,
     pack_part,
     part_dims,
+    round_even,
     round_to_code,
     scale_ptrs,
     to_float,
     to_fp16,
 )
 from kvsplice_kernels.plan import (
-    MIN_DOT,
     Plan,
     chunk_pad,
     chunk_part,
+    chunk_width,
     num_chunks,
     num_parts,
     num_tiers,
@@ -40,7 +41,7 @@ from kvsplice_kernels.plan import (
 )
 from torch import Tensor
 
-SMALL_STEP = 512  # tokens: below it programs are few, and 16 rows each spread them over more of the GPU
+SMALL_STEP = 512  # tokens up to which programs take 16 rows each, to spread them over more of the GPU
 
 
 @triton.jit
@@ -103,14 +104,17 @@ def _range_of(z, PLAN: tl.constexpr, t: tl.constexpr, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def _squared_error(z, scale, zero, HIGH: tl.constexpr, PLAN: tl.constexpr, t: tl.constexpr):
+    """Squared error [BLOCK_T] of a tier's codes at this scale and zero point; infinite for a zero scale."""
+    inverse = inverse_scale(scale)
     error = tl.zeros(scale.shape, tl.float32)
     for c in tl.static_range(num_chunks(PLAN, t)):
-        inside = own_columns(PLAN, t, c)
         for i in tl.static_range(num_parts(PLAN, t)):
-            part = z[chunk_part(PLAN, t, c) + i]
-            off = code_to_number(round_to_code(part, scale, zero, 0, HIGH), scale, zero) - part
-            error += tl.sum(tl.where(inside[None, :], off * off, 0.0), 1)
-    return error
+            number = (z[chunk_part(PLAN, t, c) + i] - zero[:, None]) * inverse[:, None]
+            off = round_even(tl.minimum(tl.maximum(number, 0.0), HIGH)) - number
+            if chunk_width(PLAN, t, c) < chunk_pad(PLAN, t, c):
+                off = tl.where(own_columns(PLAN, t, c)[None, :], off, 0.0)
+            error += tl.sum(off * off, 1)
+    return tl.where(scale > 0, error * scale * scale, float("inf"))
 
 
 @triton.jit
@@ -143,7 +147,7 @@ def _scale_and_zero(z, PLAN: tl.constexpr, t: tl.constexpr, BLOCK_T: tl.constexp
 
 @triton.jit
 def _store_chunk(
-    z, scale, zero, page, row, kept, PLAN: tl.constexpr, t: tl.constexpr, c: tl.constexpr, WIDE: tl.constexpr
+    z, scale, inverse, zero, page, row, kept, PLAN: tl.constexpr, t: tl.constexpr, c: tl.constexpr, WIDE: tl.constexpr
 ):
     ptrs = code_ptrs(page, row, PLAN, t, c, WIDE, False)
     mask = kept[:, None] & own_columns(PLAN, t, c)[None, :]
@@ -154,9 +158,8 @@ def _store_chunk(
         HIGH: tl.constexpr = 127 if tier_bits(PLAN, t) == 8 else (1 << tier_bits(PLAN, t)) - 1
         packed = tl.zeros([row.shape[0], chunk_pad(PLAN, t, c)], tl.int32)
         for i in tl.static_range(num_parts(PLAN, t)):
-            packed = pack_part(
-                packed, round_to_code(z[chunk_part(PLAN, t, c) + i], scale, zero, LOW, HIGH), i, tier_bits(PLAN, t)
-            )
+            code = round_to_code(z[chunk_part(PLAN, t, c) + i], scale, inverse, zero, LOW, HIGH)
+            packed = pack_part(packed, code, i, tier_bits(PLAN, t))
         tl.store(ptrs, packed.to(tl.uint8), mask=mask)
 
 
@@ -168,8 +171,10 @@ def _store_tier(z, page, row, kept, PLAN: tl.constexpr, t: tl.constexpr, WIDE: t
         tl.store(scale_ptrs(page, row, scale_offset(PLAN, t)), scale, mask=kept)
     if zero_offset(PLAN, t) >= 0:
         tl.store(scale_ptrs(page, row, zero_offset(PLAN, t)), zero, mask=kept)
+    s = scale.to(tl.float32)
+    inverse = inverse_scale(s)
     for c in tl.static_range(num_chunks(PLAN, t)):
-        _store_chunk(z, scale.to(tl.float32), zero.to(tl.float32), page, row, kept, PLAN, t, c, WIDE)
+        _store_chunk(z, s, inverse, zero.to(tl.float32), page, row, kept, PLAN, t, c, WIDE)
 
 
 @triton.jit
@@ -222,11 +227,6 @@ def cache_write_kernel(
         )  # fmt: skip
 
 
-def block_d(head_dim: int) -> int:
-    """Head dimensions contracted at a time: the largest power of two up to 64 that divides head_dim, at least 16."""
-    return max(MIN_DOT, min(64, head_dim & -head_dim))
-
-
 def cache_write(
     key: Tensor,
     value: Tensor,
@@ -267,11 +267,11 @@ def cache_write(
         check_dense(f"{name}_mean", mean, (H, head_dim))
     if num_tokens == 0:
         return
-    block_t = 16 if num_tokens <= SMALL_STEP else 32
+    block_t = 16 if num_tokens <= SMALL_STEP else 64  # a warp holds 16 rows of a dot, more warps only copies of them
     cache_write_kernel[(triton.cdiv(num_tokens, block_t), H, 2)](
         key, value, kv_cache, slot_mapping, k_encode, k_mean, v_encode, v_mean, num_tokens,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), kv_cache.stride(0), kv_cache.stride(1),
         HEAD_DIM=head_dim, BLOCK_SIZE=kv_cache.shape[2], WIDE=wide_type(wide_dtype),
         K_RANK=k_rank, K_PLAN=k_plan, V_RANK=v_rank, V_PLAN=v_plan,
-        BLOCK_T=block_t, BLOCK_D=block_d(head_dim), num_warps=4,
+        BLOCK_T=block_t, BLOCK_D=16 if block_t == 16 else 32, num_warps=block_t // 16, num_stages=2,
     )  # fmt: skip

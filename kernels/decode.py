@@ -365,6 +365,9 @@ def decode(
 
 
 def launch_shape(rows: int, ranks: int) -> dict[str, int]:
-    """Tokens of a key tile and launch options. 16 rows: one warp, as every warp of more would hold the whole tile."""
-    warps = max(1, rows // 16)
-    return {"TILE": 64 if ranks <= 256 else 32, "num_warps": min(4, warps), "num_stages": 3 if warps == 1 else 2}
+    """Tokens of a key tile and launch options: a warp for 16 rows, as more would only hold copies of them.
+
+    Tiles are as large as registers allow (ptxas, sm_90): at 32 rows and more, or a k_rank + v_rank above 256, 64 spills.
+    """
+    tile = 64 if rows == 16 and ranks <= 256 else 32
+    return {"TILE": tile, "num_warps": min(8, rows // 16), "num_stages": 3 if rows == 16 else 2}

@@ -115,7 +115,7 @@ def _fused_expand(
     fused_expand_kernel[(triton.cdiv(M, BLOCK_M), H, triton.cdiv(head_dim, block_d))](
         codes, scale, zero, decode, mean, out, M, out.stride(0), out.stride(1),
         HEAD_DIM=head_dim, RANK=rank, NBITS=bits, PRECISION=_precision(out),
-        BLOCK_M=BLOCK_M, BLOCK_D=block_d, BLOCK_R=min(32, max(16, triton.next_power_of_2(row))), num_warps=4,
+        BLOCK_M=BLOCK_M, BLOCK_D=block_d, BLOCK_R=min(32, max(16, triton.next_power_of_2(row))), num_warps=4, num_stages=2,
     )  # fmt: skip
 
 
@@ -220,5 +220,5 @@ def expand_cached(
         kv_cache, block_table, seq_lens, cu_seqlens, decode, mean, out,
         block_table.stride(0), kv_cache.stride(0), kv_cache.stride(1), out.stride(0), out.stride(1),
         HEAD_DIM=head_dim, RANK=rank, PLAN=plan, WIDE=wide_type(wide_dtype),
-        BLOCK_SIZE=block_size, PRECISION=_precision(out), TILE=BLOCK_M, BLOCK_D=block_d, D_BLOCKS=d_blocks, num_warps=4,
+        BLOCK_SIZE=block_size, PRECISION=_precision(out), TILE=BLOCK_M, BLOCK_D=block_d, D_BLOCKS=d_blocks, num_warps=4, num_stages=2,
     )  # fmt: skip

@@ -44,7 +44,7 @@ def to_float(x, TYPE: tl.constexpr):
     """fp32 -> TYPE, to nearest even."""
     if INTERPRETED and tl.bfloat16 == TYPE:  # the interpreter truncates
         bits = x.to(tl.int32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
     return x.to(TYPE)
 
 
@@ -70,13 +70,30 @@ def to_fp16(x):
 
 
 @triton.jit
-def round_to_code(z, scale, zero, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """Nearest code of z [rows, dims] as fp32, ties to even; scale and zero [rows] fp32; a zero scale gives code 0."""
+def round_even(x):
+    """Nearest integer, ties to even, of |x| < 2**22: adding 1.5 * 2**23 leaves fp32 no bits for a fraction."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def inverse_scale(scale):
+    """1 / scale [rows] fp32, correctly rounded; 0 for a zero scale, which makes every code 0."""
     safe = tl.where(scale > 0, scale, 1.0)
-    code = tl.div_rn(z - zero[:, None], tl.broadcast_to(safe[:, None], z.shape))
+    return tl.where(scale > 0, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), safe), 0.0)
+
+
+@triton.jit
+def round_to_code(z, scale, inverse, zero, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """Nearest code of z [rows, dims] as fp32, ties to even; scale, inverse_scale(scale) and zero [rows] fp32."""
+    z -= zero[:, None]
+    code = z * inverse[:, None]
+    if INTERPRETED:  # whose fma rounds twice
+        code = tl.where((inverse > 0)[:, None], tl.div_rn(z, tl.where(inverse > 0, scale, 1.0)[:, None] + z * 0.0), 0.0)
+    else:  # one step of Newton's method makes it the correctly rounded quotient
+        remainder = tl.fma(-code, tl.broadcast_to(scale[:, None], z.shape), z)
+        code = tl.fma(remainder, tl.broadcast_to(inverse[:, None], z.shape), code)
     code = tl.minimum(tl.maximum(code, LOW), HIGH)
-    code = (code + 12582912.0) - 12582912.0  # 1.5 * 2**23: rounds to even below 2**22
-    return tl.where((scale > 0)[:, None], code, 0.0)
+    return round_even(code)
 
 
 @triton.jit
@@ -94,11 +111,28 @@ def pack_part(packed, code, i: tl.constexpr, NBITS: tl.constexpr):
 @triton.jit
 def unpack_part(raw, i: tl.constexpr, NBITS: tl.constexpr):
     """Inverse of pack_part: uint8 -> exact fp16 codes. 0x6400 | n is the fp16 number 1024 + n: no slow int-to-float."""
-    word = raw.to(tl.int16)
-    if NBITS == 8:
-        return ((word ^ 0x80) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
+    if INTERPRETED:
+        word = raw.to(tl.int16)
+        if NBITS == 8:
+            return ((word ^ 0x80) | 0x6400).to(tl.float16, bitcast=True) - 1152.0
+        else:
+            return (((word >> (i * NBITS)) & ((1 << NBITS) - 1)) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
     else:
-        return (((word >> (i * NBITS)) & ((1 << NBITS) - 1)) | 0x6400).to(tl.float16, bitcast=True) - 1024.0
+        return tl.inline_asm_elementwise(unpack_asm(i, NBITS), "=r,=r,r", [raw], dtype=tl.float16, is_pure=True, pack=4)
+
+
+@triton.constexpr_function
+def unpack_asm(i, nbits):
+    """PTX of unpack_part for four bytes at a time."""
+    if nbits == 8:
+        pick, bias = "xor.b32 t, $2, 0x80808080;", "0xe480e480"  # -1152 twice
+    else:
+        mask = ((1 << nbits) - 1) * 0x01010101
+        pick, bias = f"shr.u32 t, $2, {i * nbits}; and.b32 t, t, {mask:#x};", "0xe400e400"  # -1024 twice
+    return (
+        "{ .reg .b32 t, h, b; mov.b32 h, 0x64646464; mov.b32 b, " + bias + "; " + pick + " "
+        "prmt.b32 $0, t, h, 0x4140; prmt.b32 $1, t, h, 0x4342; add.f16x2 $0, $0, b; add.f16x2 $1, $1, b; }"
+    )
 
 
 @triton.jit

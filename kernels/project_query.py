@@ -6,7 +6,6 @@ In: the step's query and K's basis. Out: what decode reads. Meaning: reference.p
 
 import triton
 import triton.language as tl
-from kvsplice_kernels.cache_write import block_d
 from kvsplice_kernels.checks import check_dense, check_floats
 from kvsplice_kernels.packing import dot
 from torch import Tensor
@@ -71,5 +70,5 @@ def project_query(query: Tensor, k_decode: Tensor, k_mean: Tensor, q_latent: Ten
     project_query_kernel[(triton.cdiv(T * group, block_m), H)](
         query, k_decode, k_mean, q_latent, q_bias, T, query.stride(0), query.stride(1),
         GROUP=group, HEAD_DIM=head_dim, RANK=rank, RANK_PAD=max(16, triton.next_power_of_2(rank)),
-        BLOCK_M=block_m, BLOCK_D=min(32, block_d(head_dim)), num_warps=4,
+        BLOCK_M=block_m, BLOCK_D=16 if rank > 128 else 32, num_warps=block_m // 16, num_stages=2,
     )  # fmt: skip

@@ -2,7 +2,8 @@
 """Tiny random transformers models, one per family of attention that the tests care about."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCAB = 96
 COMMON = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
@@ -30,3 +31,12 @@ def tiny(family, seed=0, attn="eager", **changes):
 def tokens(batch=2, length=21, seed=1):
     """[batch, length] token ids."""
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def save(folder, family="qwen2", **changes):
+    """A folder with a tiny model and a tokenizer of one token per ASCII letter or sign; returns its path."""
+    letters = {chr(32 + i): i for i in range(VOCAB - 1)} | {"\n": VOCAB - 1}
+    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[], unk_token="?"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    tiny(family, **changes).save_pretrained(folder)
+    return str(folder)

@@ -98,10 +98,15 @@ class KVSpliceBackend(AttentionBackend):
         return replace(spec, dtype=torch.uint8, state_content_bytes=cls.bytes_per_token_head)
 
 
+def backend_with_bytes(current: type[KVSpliceBackend], bytes_per_token_head: int) -> type[KVSpliceBackend]:
+    """The class for a layer whose class is ``current``: it knows its page size, and layers of one size share it.
+
+    vLLM groups layers by class. After a weight reload ``current`` is such a class already.
+    """
+    return _sized(current if current.bytes_per_token_head is None else current.__bases__[0], bytes_per_token_head)
+
+
 @lru_cache(maxsize=256)
-def backend_with_bytes(base: type[KVSpliceBackend], bytes_per_token_head: int) -> type[KVSpliceBackend]:
-    """The subclass of a layer's backend class that knows its page size; one per size, so that layers group by it."""
-    if base.bytes_per_token_head is not None:  # the projector changed at a reload
-        base = base.__bases__[0]
+def _sized(base: type[KVSpliceBackend], bytes_per_token_head: int) -> type[KVSpliceBackend]:
     name = f"{base.__name__}{bytes_per_token_head}"
     return type(name, (base,), {"bytes_per_token_head": bytes_per_token_head, "__module__": base.__module__})

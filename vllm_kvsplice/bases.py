@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 Equalise = Literal["gamma", "rotate", "sigma", "none"]
+EQUALISE: tuple[Equalise, ...] = get_args(Equalise)
 IDENTITY_SHARE = 0.1
-FLOOR = 1e-4  # of a tier's mean variance
-TINY = 1e-30
+# Least variance that a latent is scaled by, so that a direction calibration hardly saw does not become huge elsewhere:
+TIER_FLOOR = 1e-4  # of its tier's mean
+HEAD_FLOOR = 1e-8  # of its head's mean
+TINY = 1e-12  # absolute: a standard deviation of 1e-6 is not resolved by the model's 16-bit values
 
 
 def hadamard(n: int) -> Tensor:
@@ -45,8 +48,19 @@ class Solution(NamedTuple):
 def blend(metric: Tensor, share: float = IDENTITY_SHARE) -> Tensor:
     """A second moment [H, d, d] scaled to trace d, plus ``share`` times the identity: positive definite."""
     d = metric.shape[-1]
-    trace = metric.diagonal(dim1=1, dim2=2).sum(-1).clamp_min(torch.finfo(metric.dtype).tiny)
-    return metric * (d / trace)[:, None, None] + share * torch.eye(d, dtype=metric.dtype, device=metric.device)
+    trace = metric.diagonal(dim1=1, dim2=2).sum(-1).clamp_min(TINY)
+    scaled: Tensor = metric * (d / trace)[:, None, None]
+    return scaled + share * torch.eye(d, dtype=metric.dtype, device=metric.device)
+
+
+def output_metric(weight: Tensor, num_kv_heads: int, head_dim: int) -> Tensor:
+    """What an error of V costs in the attention layer's output: W_o^T W_o summed over the query heads of a KV head.
+
+    weight: [hidden, num_heads * head_dim], query head h reading KV head h // (num_heads // num_kv_heads). Returns fp64
+    [num_kv_heads, head_dim, head_dim].
+    """
+    heads: Tensor = weight.double().unflatten(1, (num_kv_heads, -1, head_dim)).permute(1, 2, 0, 3).flatten(1, 2)
+    return heads.transpose(1, 2) @ heads
 
 
 def principal(covariance: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,6 +101,7 @@ def solve(
         equalise: how the dimensions of a tier are made to share one scale, see ``_equalised``.
     """
     encode, decode, variance = principal(covariance, metric)
+    variance = torch.maximum(variance, HEAD_FLOOR * variance.mean(-1, keepdim=True)).clamp_min(TINY)
     encodes, decodes, sigmas = [], [], []
     start = 0
     for bits, dims in tiers:
@@ -101,9 +116,7 @@ def solve(
     return Solution(torch.cat(encodes, 1), torch.cat(decodes, 2), mean, torch.cat(sigmas, 1))
 
 
-def _equalised(
-    encode: Tensor, decode: Tensor, variance: Tensor, equalise: Equalise
-) -> tuple[Tensor, Tensor, Tensor]:
+def _equalised(encode: Tensor, decode: Tensor, variance: Tensor, equalise: Equalise) -> tuple[Tensor, Tensor, Tensor]:
     """Equalised encoder [H, dims, d], decoder [H, d, dims] and sigma [H, dims] of one tier.
 
     With one step size per token and tier, rounding adds the same variance to every dimension of it.
@@ -113,21 +126,16 @@ def _equalised(
         (sum std_i)^2 / dims, never more than sum var_i, which both s = 1 and s = std cost.
     "sigma": divided by the standard deviation, no rotation. "none": as it is.
     """
-    std = _floored(variance).sqrt()
+    std = torch.maximum(variance, TIER_FLOOR * variance.mean(-1, keepdim=True)).sqrt()
     one = torch.ones_like(std)
     if equalise == "none":
         return encode, decode, one
     if equalise == "sigma":
         return encode, decode, std
     weight = std.sqrt() if equalise == "gamma" else one
-    weight = weight * (variance / weight.square()).mean(-1, keepdim=True).clamp_min(TINY).sqrt()  # latents of rms 1
+    weight = weight * (variance / weight.square()).mean(-1, keepdim=True).sqrt()  # latents of rms 1
     rotation = hadamard(encode.shape[1]).to(encode.device)
     return rotation @ (encode / weight[:, :, None]), (decode * weight[:, None, :]) @ rotation.T, one
-
-
-def _floored(variance: Tensor) -> Tensor:
-    """Variances, none below a fraction of the tier's mean, so that dividing by them is safe."""
-    return torch.maximum(variance, FLOOR * variance.mean(-1, keepdim=True)).clamp_min(TINY)
 
 
 def _eigh_falling(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -67,9 +67,7 @@ def _table(result: dict[str, Any]) -> Table:
         "tokens that fit, as vLLM reports", f"{tokens[0]:,}", f"{tokens[1]:,}", f"{result['capacity_ratio']:.2f}x"
     )
     dense, size = scores["bytes_per_token_head"] * scores["ratio"]["kv"], scores["bytes_per_token_head"]
-    table.add_row(
-        "bytes a token and KV head, K+V all-in", f"{dense:.0f}", f"{size:.0f}", f"{scores['ratio']['kv']:.2f}x"
-    )
+    table.add_row("bytes per token and head, K+V", f"{dense:.0f}", f"{size:.0f}", f"{scores['ratio']['kv']:.2f}x")
     ppl = scores["ppl"]
     table.add_row("perplexity", f"{ppl['baseline']:.3f}", f"{ppl['kvsplice']:.3f}", f"{ppl['delta_pct']:+.2f} %")
     table.add_row("KLD from stock, nats", "0", f"{scores['kld']:.5f}", "")

@@ -6,6 +6,7 @@ Comes in: the model, vLLM's arguments, the prompts. Goes out: `Served`. The call
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -47,7 +48,7 @@ def serve_and_ask(
 ) -> Served:
     """Run one server from start to stop; raises KVSpliceError if it does not come up, or leaves processes behind."""
     started = time.monotonic()
-    console.print(f"\n{name}: vllm serve {' '.join(args)}", highlight=False, markup=False)
+    console.print(f"\n{name}: vllm serve {shlex.join(args)}", highlight=False, markup=False)
     status = console.status(f"starting {name}")
 
     def progress(elapsed_s: float, line: str) -> None:

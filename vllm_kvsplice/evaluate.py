@@ -7,19 +7,18 @@ windows, makes the needles and hands both to one engine; ``hf_engine`` simulates
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.fingerprint import model_shape
 from vllm_kvsplice.inspect_file import describe, served_layouts, summary
-from vllm_kvsplice.needle import QUESTION, TEMPLATE, Needle, NeedleTask, by_depth, fraction, make_samples, special_prefix
+from vllm_kvsplice.needle import QUESTION, TEMPLATE, Needle, NeedleTask, by_depth, fraction, make_samples
 from vllm_kvsplice.projector import Projector
 from vllm_kvsplice.projector_source import locate
 from vllm_kvsplice.results import Outcome, provenance
+from vllm_kvsplice.texts import load_text, special_prefix
 
 DEFAULT_SEQ_LEN = 2048
 STATISTIC = {
@@ -60,8 +59,8 @@ def run(request: EvalRequest) -> dict[str, Any]:
     if projector:
         projector.verify(config)
     seq_len = choose_seq_len(config, request.seq_len)
-    name, text = read_text(request.text)
-    ids = list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    text = load_text(request.text, held_out=True)
+    ids = list(tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids)
     windows = cut_windows(ids, special_prefix(tokenizer), seq_len, request.windows)
     needles = _needles(request, tokenizer, ids, choose_seq_len(config, request.needle_len or seq_len))
     outcome = _run_engine(request, projector, path, windows, needles)
@@ -72,14 +71,12 @@ def run(request: EvalRequest) -> dict[str, Any]:
         | {key: codec.get(key) for key in ("preset", "sha256", "recipe", "calibration", "versions")},
         "seq_len": seq_len,
         "windows": len(windows),
-        "text": {"name": name, "sha256": hashlib.sha256(text.encode()).hexdigest()},
+        "text": {"name": text.name, "sha256": text.sha256},
         **provenance(),
     }
 
 
-def report(
-    request: EvalRequest, outcome: Outcome, codec: dict[str, Any], needles: Sequence[Needle]
-) -> dict[str, Any]:
+def report(request: EvalRequest, outcome: Outcome, codec: dict[str, Any], needles: Sequence[Needle]) -> dict[str, Any]:
     """The measured part of the result. ``tokens`` are those scored; ``cache_tokens`` those that fit, as vLLM says."""
     scores, hits = outcome.scores, outcome.hits
     return {
@@ -120,13 +117,10 @@ def choose_seq_len(config: Any, wanted: int | None) -> int:
     if wanted is None:
         return min(DEFAULT_SEQ_LEN, longest)
     if not 2 <= wanted <= longest:
-        raise KVSpliceError(f"length {wanted} does not fit the model: expected 2 to {longest} tokens (--seq-len, --needle-len).")
+        raise KVSpliceError(
+            f"length {wanted} does not fit the model: expected 2 to {longest} tokens (--seq-len, --needle-len)."
+        )
     return wanted
-
-
-def read_text(path: str | None) -> tuple[str, str]:
-    """Name and content of the evaluation text."""
-    return Path(path).name, Path(path).read_text()
 
 
 def load_config(model: str) -> tuple[Any, Any]:

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.pytorch_utils import Conv1D
 
 from vllm_kvsplice.errors import KVSpliceError
 
 NAME = "kvsplice_observed"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OUTPUT_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo")  # an attention layer's output projection
 Transform = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 _transforms: WeakKeyDictionary[nn.Module, Transform] = WeakKeyDictionary()  # by module of a model inside transformed_kv
@@ -103,8 +105,9 @@ def _attention(
     """An attention function of transformers' interface: transform key and value, then attend as sdpa does."""
     fn = _transforms.get(module)
     decoder = kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False
-    if fn is not None and decoder and getattr(module, "layer_idx", None) is not None:
-        new_key, new_value = fn(module.layer_idx, query, key, value)
+    layer_idx = getattr(module, "layer_idx", None)
+    if fn is not None and decoder and isinstance(layer_idx, int):
+        new_key, new_value = fn(layer_idx, query, key, value)
         if new_key.shape != key.shape or new_value.shape != value.shape:
             raise ValueError(
                 f"transformed k, v: expected {[*key.shape]} and {[*value.shape]}, got {[*new_key.shape]} and {[*new_value.shape]}"
@@ -117,7 +120,8 @@ def _attention(
     soft_cap = kwargs.pop("softcap", None)
     if soft_cap:
         return _soft_capped(module, query, key, value, attention_mask, soft_cap, kwargs.get("scaling"))
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return output
 
 
 def _soft_capped(
@@ -183,3 +187,22 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:
     if dtype not in DTYPES:
         raise KVSpliceError(f"dtype {dtype!r} is not known: expected auto, {', '.join(DTYPES)}.")
     return DTYPES[dtype]
+
+
+def output_weights(model: Any) -> dict[int, Tensor]:
+    """Weights [hidden, num_heads * head_dim] of the attention layers' output projections, by layer index, detached.
+
+    Layers whose projection has an unknown name, or is not a plain matrix, are missing.
+    """
+    found: dict[int, Tensor] = {}
+    for module in model.modules():
+        layer_idx = getattr(module, "layer_idx", None)
+        if not isinstance(layer_idx, int):
+            continue
+        for name in OUTPUT_NAMES:
+            weight = getattr(getattr(module, name, None), "weight", None)
+            if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2:
+                found.setdefault(
+                    layer_idx, weight.detach().T if isinstance(getattr(module, name), Conv1D) else weight.detach()
+                )
+    return found

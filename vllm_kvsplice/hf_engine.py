@@ -19,11 +19,11 @@ from rich.progress import track
 from torch import Tensor
 
 from vllm_kvsplice import reference
+from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.hf_attention import Transform, load_model, transformed_kv
 from vllm_kvsplice.layout import Side
 from vllm_kvsplice.metrics import Scores, score_logits
 from vllm_kvsplice.needle import Needle
-
 from vllm_kvsplice.projector import Folded, LayerProjector, Projector, default_layer
 from vllm_kvsplice.results import Outcome
 
@@ -79,28 +79,27 @@ def answers(model: Any, needle: Needle, codec: Transform | None) -> bool:
 class Codec:
     """What a reader of the cache sees in place of k and v: ``fn`` of ``transformed_kv``.
 
-    Layers that the projector does not name keep their dense keys and values; without a projector every layer has the
-    calibration-free codec. Arithmetic is fp32, as in serving; the result has the dtype of the model.
+    Without a projector every layer has the calibration-free codec. Arithmetic is fp32, as in serving; the result has
+    the dtype of the model. Raises KVSpliceError for a layer that the projector does not have.
     """
 
     def __init__(self, projector: Projector | None, dtype: torch.dtype) -> None:
         self.projector = projector
         self.wide_dtype = dtype if dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-        self.ready: dict[int, tuple[LayerProjector, dict[Side, Folded]] | None] = {}
+        self.ready: dict[int, tuple[LayerProjector, dict[Side, Folded]]] = {}
 
     def __call__(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if layer_idx not in self.ready:
             self.ready[layer_idx] = self._prepare(layer_idx, k)
-        found = self.ready[layer_idx]
-        if found is None:
-            return k, v
-        layer, folded = found
+        layer, folded = self.ready[layer_idx]
         return self._decoded(k, layer, "k", folded["k"]), self._decoded(v, layer, "v", folded["v"])
 
-    def _prepare(self, layer_idx: int, k: Tensor) -> tuple[LayerProjector, dict[Side, Folded]] | None:
+    def _prepare(self, layer_idx: int, k: Tensor) -> tuple[LayerProjector, dict[Side, Folded]]:
         layer = self.projector.layers.get(layer_idx) if self.projector else default_layer(k.shape[-1], k.shape[1])
         if layer is None:
-            return None
+            raise KVSpliceError(
+                f"the projector has no layer {layer_idx}: make one for this model with `kvsplice calibrate MODEL --out FILE`."
+            )
         sides: tuple[Side, ...] = ("k", "v")
         return layer, {side: Folded(*(t.to(k.device) for t in layer.side(side).folded())) for side in sides}
 

@@ -47,6 +47,8 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         refusals.check_layer(head_size, alibi_slopes, kv_cache_dtype, attn_type, extra)
         refusals.check_engine(self.vllm_config, batch_invariant(), current_platform.device_type)
         self.settings = read_settings(self.vllm_config.additional_config)
+        if self.settings.projector is None and self.vllm_config.model_config is not None:
+            projector_source.check_beside(self.vllm_config.model_config.model)
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.sliding_window, self.soft_cap = sliding_window, logits_soft_cap or None

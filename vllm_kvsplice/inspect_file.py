@@ -37,7 +37,9 @@ def describe(projector: Projector | None, shape: ModelShape, path: str | None) -
         "fingerprint": {"digest": shape.digest} | shape.model_dump(),
     }
     if meta:
-        facts |= meta.model_dump(mode="json", include={"format", "model_name", "recipe", "calibration", "versions", "quality"})
+        facts |= meta.model_dump(
+            mode="json", include={"format", "model_name", "recipe", "calibration", "versions", "quality"}
+        )
     return facts | ({"sha256": file_digest(path)} if path else {})
 
 
@@ -75,8 +77,12 @@ def inspect_table(facts: dict[str, Any]) -> str:
             [str(layer["layer"]), _tiers(layer["k"]), _tiers(layer["v"]), str(layer["bytes_per_token_head"])]
             + [f"{r[side]:.2f} x" for side in ("k", "v", "kv")]
         )
-    text = "none" if not calibration else (
-        f"{calibration['text']}, {calibration['tokens']:,} tokens, seed {calibration['seed']}, sha256 {calibration['text_sha256'][:16]}"
+    text = (
+        "none"
+        if not calibration
+        else (
+            f"{calibration['text']}, {calibration['tokens']:,} tokens, seed {calibration['seed']}, sha256 {calibration['text_sha256'][:16]}"
+        )
     )
     lines = [
         f"{facts['file']}  format {facts['format']}, preset {facts['preset']}, sha256 {facts['sha256'][:16]}",

@@ -16,7 +16,7 @@ from torch import Tensor
 class Moments(NamedTuple):
     """Sums over tokens, fp64, of one layer with H KV heads."""
 
-    count: int  # tokens
+    tokens: int
     k_sum: Tensor  # [H, head_dim]
     k_outer: Tensor  # [H, head_dim, head_dim], sum of k k^T
     v_sum: Tensor  # [H, head_dim]
@@ -46,18 +46,18 @@ def add_batch(moments: Moments, q: Tensor, k: Tensor, v: Tensor) -> Moments:
 
 def merge(a: Moments, b: Moments) -> Moments:
     """Moments of the tokens of both."""
-    return Moments(*(x + y for x, y in zip(a, b, strict=True)))
+    return Moments(a.tokens + b.tokens, *(x + y for x, y in zip(a[1:], b[1:], strict=True)))
 
 
-def mean(total: Tensor, count: int) -> Tensor:
-    """Mean [H, head_dim] from a sum over ``count`` tokens."""
-    return total / count
+def mean(total: Tensor, tokens: int) -> Tensor:
+    """Mean [H, head_dim] from a sum over ``tokens`` tokens."""
+    return total / tokens
 
 
-def covariance(total: Tensor, outer: Tensor, count: int) -> Tensor:
-    """Covariance [H, head_dim, head_dim] from a sum and a sum of outer products over ``count`` tokens."""
-    mu = mean(total, count)
-    return _symmetric(outer / count - mu[:, :, None] * mu[:, None, :])
+def covariance(total: Tensor, outer: Tensor, tokens: int) -> Tensor:
+    """Covariance [H, head_dim, head_dim] from a sum and a sum of outer products over ``tokens`` tokens."""
+    mu = mean(total, tokens)
+    return _symmetric(outer / tokens - mu[:, :, None] * mu[:, None, :])
 
 
 def _outer(x: Tensor) -> Tensor:

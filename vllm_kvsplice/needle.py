@@ -9,24 +9,29 @@ word. After Kamradt, https://github.com/gkamradt/LLMTest_NeedleInAHaystack.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_kvsplice.errors import KVSpliceError
+from vllm_kvsplice.texts import special_prefix
 
 TEMPLATE = " The magic number for {word} is {digits}. "
 QUESTION = "\n\nQuestion: What is the magic number for {word}? Answer: The magic number for {word} is"
 DIGITS = 5
 DEPTH_BANDS = 5
-WORDS = (
+_WORDS = (
     "amber anchor apple arrow autumn basket beacon birch bottle bridge bronze candle canyon castle cedar cherry "
     "circle clover copper coral cotton dragon ember falcon feather fern forest garden ginger granite harbor hazel "
     "island ivory jasmine juniper lantern lemon lily maple marble meadow mirror mountain needle ocean olive orchid "
     "paper pepper pine planet quartz river saddle silver summit thistle thunder timber tulip valley velvet violet "
     "walnut willow window winter"
-).split()
-_WORD_STARTS = ("Ġ", "▁", " ")  # how byte-level BPE, SentencePiece and plain vocabularies mark a token that opens a word
+)
+_WORD_STARTS = (
+    "Ġ",
+    "▁",
+    " ",
+)  # how byte-level BPE, SentencePiece and plain vocabularies mark a token that opens a word
 _SEARCH = 64  # tokens looked through for the start of a word, so that the sentence does not cut one
 
 
@@ -69,7 +74,7 @@ def make_samples(tokenizer: Any, haystack: Sequence[int], task: NeedleTask) -> l
     return [_sample(tokenizer, haystack, task, rng, i) for i in range(task.count)]
 
 
-def by_depth(samples: Sequence[Needle], hits: dict[str, Sequence[bool]]) -> list[dict[str, float]]:
+def by_depth(samples: Sequence[Needle], hits: Mapping[str, Sequence[bool]]) -> list[dict[str, float]]:
     """Fraction right in each fifth of the depth: dicts of depth (the band's start), samples, and one key per run."""
     bands: dict[int, list[int]] = {}
     for i, sample in enumerate(samples):
@@ -86,14 +91,8 @@ def fraction(hits: Sequence[bool]) -> float:
     return sum(hits) / len(hits)
 
 
-def special_prefix(tokenizer: Any) -> list[int]:
-    """The BOS token if this tokenizer opens every text with one, else nothing."""
-    first = list(tokenizer("a").input_ids[:1])
-    return first if first == [tokenizer.bos_token_id] else []
-
-
 def _sample(tokenizer: Any, haystack: Sequence[int], task: NeedleTask, rng: random.Random, index: int) -> Needle:
-    word, digits = rng.choice(WORDS), "".join(rng.choice("0123456789") for _ in range(DIGITS))
+    word, digits = rng.choice(_WORDS.split()), "".join(rng.choice("0123456789") for _ in range(DIGITS))
     offset = rng.randrange(len(haystack))
     sentence = _ids(tokenizer, task.template.replace("{word}", word).replace("{digits}", digits))
     question, answer = _split_answer(tokenizer, task.question.replace("{word}", word), " " + digits)

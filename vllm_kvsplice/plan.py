@@ -18,7 +18,7 @@ from typing import Any
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.fingerprint import ModelShape, model_shape
 from vllm_kvsplice.inspect_file import served_layouts, summary
-from vllm_kvsplice.layout import LatentLayout, dense_bytes
+from vllm_kvsplice.layout import dense_bytes
 from vllm_kvsplice.results import table
 
 GIB = 2**30

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import tomllib
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -31,7 +31,7 @@ class TierShare(_Strict):
     """A tier as a share of head_dim, or what the other tiers leave ("rest")."""
 
     bits: Literal[16, 8, 4, 2, 0]
-    share: float | Literal["rest"] = Field("rest")
+    share: Annotated[float, Field(gt=0, le=1)] | Literal["rest"] = "rest"
 
 
 class SideRecipe(_Strict):
@@ -60,10 +60,6 @@ class Recipe(_Strict):
     k: SideRecipe
     v: SideRecipe
 
-    def side(self, side: Side) -> SideRecipe:
-        """The recipe of "k" or "v"."""
-        return self.k if side == "k" else self.v
-
     @property
     def needs_text(self) -> bool:
         """Whether any basis is solved from calibration text."""
@@ -72,7 +68,7 @@ class Recipe(_Strict):
 
 def preset_names() -> list[str]:
     """Names of the presets that are installed."""
-    return sorted(f.name.removesuffix(".toml") for f in files(PACKAGE).iterdir() if f.name.endswith(".toml"))
+    return sorted(_preset_files())
 
 
 def load_preset(name_or_path: str) -> Recipe:
@@ -84,11 +80,12 @@ def load_preset(name_or_path: str) -> Recipe:
             raise KVSpliceError(
                 f"preset file {name_or_path} cannot be read ({error.strerror}): give a TOML file or one of {', '.join(preset_names())}."
             ) from None
-    if name_or_path not in preset_names():
+    presets = _preset_files()
+    if name_or_path not in presets:
         raise KVSpliceError(
             f"preset {name_or_path!r} is not known: expected {', '.join(preset_names())}, or the path of a .toml file."
         )
-    return _parse(name_or_path, (files(PACKAGE) / f"{name_or_path}.toml").read_bytes())
+    return _parse(name_or_path, presets[name_or_path].read_bytes())
 
 
 def resolve(
@@ -104,7 +101,7 @@ def resolve(
         KVSpliceError: no such preset, a bad override, or tiers that do not make a layout.
     """
     recipe = load_preset(name_or_path)
-    k, v = (_with_bits(recipe.side(s), s, bits) for s, bits in (("k", k_bits), ("v", v_bits)))
+    k, v = _with_bits(recipe.k, "k", k_bits), _with_bits(recipe.v, "v", v_bits)
     if rank is not None:
         v = _with_rank(v, rank, head_dim)
     recipe = recipe.model_copy(update={"k": k, "v": v})
@@ -122,16 +119,26 @@ def tier_dims(tiers: tuple[TierShare, ...], head_dim: int) -> list[tuple[int, in
     return [(bits, n) for bits, n in pairs if n != 0]
 
 
+def _preset_files() -> dict[str, Path]:
+    """The installed preset files by name."""
+    spec = find_spec(PACKAGE)
+    # Not importlib.resources: before Python 3.13 it fails on a namespace package of an editable install.
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    return {path.stem: path for folder in folders if Path(folder).is_dir() for path in Path(folder).glob("*.toml")}
+
+
 def _rounded(dims: float) -> int:
     return max(TIER_MULTIPLE, TIER_MULTIPLE * math.floor(dims / TIER_MULTIPLE + 0.5))
 
 
-def _with_bits(side: SideRecipe, name: str, bits: int | None) -> SideRecipe:
+def _with_bits(side: SideRecipe, name: Side, bits: int | None) -> SideRecipe:
     """One tier of ``bits`` over the kept dimensions of a side."""
     if bits is None:
         return side
     if bits not in OVERRIDE_BITS:
-        raise KVSpliceError(f"--{name}-bits {bits} is not supported: expected one of {', '.join(map(str, OVERRIDE_BITS))}.")
+        raise KVSpliceError(
+            f"--{name}-bits {bits} is not supported: expected one of {', '.join(map(str, OVERRIDE_BITS))}."
+        )
     dropped = tuple(t for t in side.tiers if t.bits == 0)
     kept: float | Literal["rest"] = "rest"
     if dropped and dropped[0].share == "rest":
@@ -157,7 +164,9 @@ def _with_rank(side: SideRecipe, rank: int, head_dim: int) -> SideRecipe:
     dims = [_rounded(n * rank / kept) for _, n in now[:-1]]
     dims.append(rank - sum(dims))
     if dims[-1] <= 0:
-        raise KVSpliceError(f"--rank {rank} is too small for {len(now)} tiers: expected at least {TIER_MULTIPLE * len(now)}.")
+        raise KVSpliceError(
+            f"--rank {rank} is too small for {len(now)} tiers: expected at least {TIER_MULTIPLE * len(now)}."
+        )
     sizes = [(bits, n) for (bits, _), n in zip(now, dims, strict=True)] + [(0, head_dim - rank)]
     tiers = tuple(TierShare(bits=bits, share=n / head_dim) for bits, n in sizes if n)  # type: ignore[arg-type]
     changes: dict[str, Any] = {"tiers": tiers}
@@ -175,7 +184,7 @@ def _parse(name: str, content: bytes) -> Recipe:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise KVSpliceError(f"preset {name} has a bad {where} ({first['msg']}): see the files in configs/.") from None
-    for side, foreign in (("k", "output-aware"), ("v", "query-aware")):
-        if recipe.side(side).metric == foreign:  # type: ignore[arg-type]
-            raise KVSpliceError(f"preset {name} has metric {foreign!r} for {side.upper()}, which belongs to the other side.")
+    for side, foreign in ((recipe.k, "output-aware"), (recipe.v, "query-aware")):
+        if side.metric == foreign:
+            raise KVSpliceError(f"preset {name} has metric {foreign!r} on the side that it does not belong to.")
     return recipe

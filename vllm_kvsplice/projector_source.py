@@ -10,30 +10,12 @@ from pathlib import Path
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.projector import FILE_NAME, Projector
 
+# Inside a model folder or repo, in this order. vLLM reads every *.safetensors at a model's top as weights, unless an index
+# lists the real ones; a folder below is out of its reach.
+PLACES = (f"kvsplice/{FILE_NAME}", FILE_NAME)
+WEIGHT_INDEX = "model.safetensors.index.json"
+
 logger = logging.getLogger("vllm.kvsplice")
-
-
-def locate(setting: str | None, model: str, revision: str | None = None) -> Path | None:
-    """Path of the projector file, or None if there is none and nobody asked for one.
-
-    Args:
-        setting: file, folder or Hugging Face repo id; KVSpliceError if nothing is there. None: look beside the weights.
-        model: the model as vLLM was given it, a folder, a file or a repo id. revision: of the model's repo.
-    """
-    if setting is None:
-        return _beside(model, revision)
-    path = Path(setting).expanduser()
-    if path.is_dir():
-        return path / FILE_NAME
-    if path.exists() or not _is_repo_id(setting):
-        return path  # Projector.load names what is wrong with it
-    found, why = _from_hub(setting, None)
-    if found is None:
-        raise KVSpliceError(
-            f"projector {setting!r} is neither a file here nor a Hugging Face repo that holds {FILE_NAME} ({why}): "
-            "make one with `kvsplice calibrate MODEL --out FILE`."
-        )
-    return found
 
 
 @lru_cache(maxsize=1)
@@ -58,12 +40,48 @@ def forget() -> None:
     for_engine.cache_clear()
 
 
+def locate(setting: str | None, model: str, revision: str | None = None) -> Path | None:
+    """Path of the projector file, or None if there is none and nobody asked for one.
+
+    Args:
+        setting: file, folder or Hugging Face repo id; KVSpliceError if nothing is there. None: look beside the weights.
+        model: the model as vLLM was given it, a folder, a file or a repo id. revision: of the model's repo.
+    """
+    if setting is None:
+        return _beside(model, revision)
+    path = Path(setting).expanduser()
+    if path.is_dir():
+        return _inside(path) or path / FILE_NAME  # Projector.load says that it does not exist
+    if path.exists() or not _is_repo_id(setting):
+        return path
+    found, why = _from_hub(setting, None)
+    if found is None:
+        raise KVSpliceError(
+            f"projector {setting!r} is neither a file here nor a Hugging Face repo that holds {FILE_NAME} ({why}): "
+            "make one with `kvsplice calibrate MODEL --out FILE`."
+        )
+    return found
+
+
+def check_beside(model: str) -> None:
+    """Refuse a projector that lies where vLLM will take it for weights; to be asked before weights are loaded."""
+    folder = Path(model)
+    if (folder / FILE_NAME).is_file() and not (folder / WEIGHT_INDEX).exists():
+        raise KVSpliceError(
+            f"vLLM would read {folder / FILE_NAME} as weights of the model, which has no {WEIGHT_INDEX}: move it with "
+            f"`mkdir -p {folder}/kvsplice && mv {folder / FILE_NAME} {folder}/kvsplice/`."
+        )
+
+
 def _beside(model: str, revision: str | None) -> Path | None:
     path = Path(model)
     if path.exists():
-        found: Path | None = (path if path.is_dir() else path.parent) / FILE_NAME
-        return found if found is not None and found.exists() else None
+        return _inside(path if path.is_dir() else path.parent)
     return _from_hub(model, revision)[0] if _is_repo_id(model) else None
+
+
+def _inside(folder: Path) -> Path | None:
+    return next((folder / place for place in PLACES if (folder / place).is_file()), None)
 
 
 def _is_repo_id(text: str) -> bool:
@@ -75,7 +93,12 @@ def _from_hub(repo: str, revision: str | None) -> tuple[Path | None, str]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
-    try:
-        return Path(hf_hub_download(repo, FILE_NAME, revision=revision)), ""
-    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120].rstrip('. ')}"
+    why = ""
+    for place in PLACES:
+        try:
+            return Path(hf_hub_download(repo, place, revision=revision)), ""
+        except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+            why = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120].rstrip('. ')}"
+            if not isinstance(error, EntryNotFoundError) or isinstance(error, OSError):
+                break  # the repo, not the file, could not be reached
+    return None, why

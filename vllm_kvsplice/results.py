@@ -7,6 +7,7 @@ calibration, the text with its digest. Numbers are never copied between runs; ``
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -43,7 +44,7 @@ def provenance() -> dict[str, Any]:
         "command": shlex.join(["kvsplice", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": hardware(),
-        "versions": {"kvsplice": __version__, "python": platform.python_version()} | _versions(),
+        "versions": versions(),
     }
 
 
@@ -55,6 +56,15 @@ def hardware() -> dict[str, Any]:
     return {"cpu": _cpu_model(), "cores": os.cpu_count(), "gpus": gpus}
 
 
+def versions() -> dict[str, str]:
+    """Of kvsplice, Python, and the packages that it runs on, as far as they are installed."""
+    found = {"kvsplice": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def file_digest(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file, in hex."""
     with Path(path).open("rb") as f:
@@ -63,11 +73,18 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 
 def write_json(result: dict[str, Any], path: str) -> None:
     """Write a result; raises KVSpliceError if the file cannot be written. NaN, which JSON lacks, becomes null."""
+    check_writable(path)
+    Path(path).write_text(to_json(result) + "\n")
+
+
+def check_writable(path: str) -> None:
+    """Raise KVSpliceError, before the work rather than after it, if a file cannot be written."""
     try:
-        Path(path).write_text(to_json(result) + "\n")
+        with Path(path).open("a"):
+            pass
     except OSError as error:
         raise KVSpliceError(
-            f"cannot write {path}: {error.strerror}; give --json a file in a directory that exists."
+            f"{path} cannot be written ({error.strerror}): give --json a file in a folder that exists."
         ) from None
 
 
@@ -80,7 +97,9 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     """Columns padded to their widest cell, the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in rows
     )
 
@@ -122,16 +141,6 @@ def _cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _without_nan(value: Any) -> Any:

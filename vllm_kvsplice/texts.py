@@ -20,6 +20,7 @@ from vllm_kvsplice.errors import KVSpliceError
 
 MAX_CHARS = 32 << 20  # of one text; the rest of a longer file or data set is not read
 BUILTIN = "pydoc_data.topics"
+HELD_OUT_EVERY = 5  # of the built-in topics, by name: scored on, never calibrated on
 # name: path, configuration, data files, split
 DATASETS: dict[str, tuple[str, str | None, str | None, str]] = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "train"),
@@ -40,26 +41,38 @@ class Text:
         return hashlib.sha256(self.content.encode()).hexdigest()
 
 
-def load_text(path: str | None = None, dataset: str | None = None) -> Text:
+def load_text(path: str | None = None, dataset: str | None = None, held_out: bool = False) -> Text:
     """The text of a UTF-8 file, or of a data set ("wikitext2", "c4"), or the built-in one; at most 32 Mi characters.
 
-    Raises KVSpliceError if both are given, the file is not readable text, or the data set cannot be had.
+    ``held_out`` asks for the part of the built-in text that is never calibrated on. Raises KVSpliceError if both are
+    given, the file is not readable text, or the data set cannot be had.
     """
     if path and dataset:
-        raise KVSpliceError(f"both a text file ({path}) and a data set ({dataset}) are given: pass --text or --dataset.")
+        raise KVSpliceError(
+            f"both a text file ({path}) and a data set ({dataset}) are given: pass --text or --dataset."
+        )
     if dataset:
         return Text(dataset, _dataset(dataset))
-    return Text(Path(path).name, _file(Path(path))) if path else Text(BUILTIN, builtin_text())
+    if path:
+        return Text(Path(path).name, _file(Path(path)))
+    return Text(BUILTIN + (" (held out)" if held_out else ""), builtin_text(held_out))
 
 
-def builtin_text() -> str:
-    """The language reference in ``pydoc_data.topics`` as running prose: about 50,000 words of English and some code.
+def builtin_text(held_out: bool = False) -> str:
+    """The language reference in ``pydoc_data.topics`` as running prose: about 60,000 words of English and some code.
 
     Paragraphs are unwrapped, underlines and tables dropped, and a paragraph that several topics share is kept once.
+    Every fifth topic is held out for scoring; what it shares with the others is not in the held-out text.
     """
     from pydoc_data.topics import topics  # type: ignore[import-not-found, unused-ignore]
 
-    return prose(topics[name] for name in sorted(topics))
+    names = sorted(topics)
+    scored = names[::HELD_OUT_EVERY]
+    seen = prose(topics[name] for name in names if name not in scored)
+    if not held_out:
+        return seen
+    known = set(seen.split("\n\n"))
+    return "\n\n".join(p for p in prose(topics[name] for name in scored).split("\n\n") if p not in known)
 
 
 def prose(documents: Iterable[str]) -> str:
@@ -67,7 +80,9 @@ def prose(documents: Iterable[str]) -> str:
     seen: dict[str, None] = {}
     for document in documents:
         for paragraph in re.split(r"\n\s*\n", document):
-            lines = [line for line in paragraph.splitlines() if not _RULE.fullmatch(line) and line.strip()[:1] not in "|+"]
+            lines = [
+                line for line in paragraph.splitlines() if not _RULE.fullmatch(line) and line.strip()[:1] not in "|+"
+            ]
             indents = {len(line) - len(line.lstrip()) for line in lines}
             separator = " " if len(indents) <= 1 else "\n"  # code and lists keep their lines
             seen.setdefault(separator.join(line.strip() for line in lines))
@@ -125,7 +140,9 @@ def _file(path: Path) -> str:
 
 def _dataset(name: str) -> str:
     if name not in DATASETS:
-        raise KVSpliceError(f"data set {name!r} is not known: expected {' or '.join(DATASETS)}, or a file by --text FILE.")
+        raise KVSpliceError(
+            f"data set {name!r} is not known: expected {' or '.join(DATASETS)}, or a file by --text FILE."
+        )
     try:
         from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]
     except ImportError:

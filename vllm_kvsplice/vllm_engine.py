@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.metrics import Scores, TopK, score_topk
 from vllm_kvsplice.needle import Needle
 from vllm_kvsplice.results import Outcome
+from vllm_kvsplice.server import group_members
+from vllm_kvsplice.signals import deferred_signals
 from vllm_kvsplice.vllm_worker import Job, window_file
 
 RUNS = ("baseline", "kvsplice")
@@ -63,15 +66,13 @@ def run(
             arguments = engine | (kvsplice_arguments(projector, engine) if name == "kvsplice" else {})
             prompts = [(n.prompt, len(n.answer)) for n in needles]
             done[name] = start(Job(arguments, [list(w) for w in windows], prompts, topk, str(place)), name)
-        scores = compare(*(Path(folder) / name for name in RUNS), len(windows))
+        scores = compare(Path(folder) / RUNS[0], Path(folder) / RUNS[1], len(windows))
     hits = {name: [a == n.answer for a, n in zip(done[name]["answers"], needles, strict=True)] for name in RUNS}
     facts = {"dtype": dtype, "cache_tokens": capacity(done, cache_gib), "vllm_arguments": extra or {}}
     return Outcome(scores, hits if needles else {}, facts)
 
 
-def engine_arguments(
-    model_name: str, dtype: str, max_model_len: int, topk: int, cache_gib: float
-) -> dict[str, Any]:
+def engine_arguments(model_name: str, dtype: str, max_model_len: int, topk: int, cache_gib: float) -> dict[str, Any]:
     """Arguments of ``vllm.LLM`` that both engines share. Prefix caching is off: vLLM has no prompt log-probabilities of
     cached tokens. Eager: compilation changes neither engine's attention and costs a minute each."""
     return {
@@ -89,7 +90,9 @@ def engine_arguments(
 
 def kvsplice_arguments(projector: str | None, engine: dict[str, Any]) -> dict[str, Any]:
     """The difference between the two engines: the backend, and its settings beside others in ``additional_config``."""
-    settings: dict[str, Any] = {"prefill": "latent"} | ({"projector": str(Path(projector).resolve())} if projector else {})
+    settings: dict[str, Any] = {"prefill": "latent"} | (
+        {"projector": str(Path(projector).resolve())} if projector else {}
+    )
     others = dict(engine.get("additional_config", {}))
     return {
         "attention_backend": "kvsplice",
@@ -103,7 +106,9 @@ def start(job: Job, name: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "vllm_kvsplice.vllm_worker", str(job.save())]
     with log.open("wb") as out, Progress(console=Console(stderr=True)) as progress:
         # A session of its own, so that the engine's processes can be ended together with it.
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=_environment(job), start_new_session=True
+        )
         bar = progress.add_task(f"vLLM, {name}", total=max(1, len(job.windows)))
         try:
             while process.poll() is None:
@@ -132,6 +137,16 @@ def capacity(done: dict[str, Any], cache_gib: float) -> dict[str, Any]:
     return tokens | {"ratio": tokens["kvsplice"] / tokens["baseline"], "memory_gib": cache_gib}
 
 
+def _environment(job: Job) -> dict[str, str]:
+    """The engine runs inside the worker's process where it can: two fewer processes to start, the same engine."""
+    env = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
+    env.pop("TRITON_INTERPRET", None)  # set by tests; vLLM would run its own kernels interpreted
+    env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override the bytes that both engines get
+    if job.engine.get("tensor_parallel_size", 1) == 1:
+        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    return env
+
+
 def _read(path: Path) -> tuple[TopK, torch.Tensor]:
     with np.load(path) as arrays:
         ids, logprobs, targets = (torch.from_numpy(arrays[name]) for name in ("ids", "logprobs", "targets"))
@@ -139,15 +154,17 @@ def _read(path: Path) -> tuple[TopK, torch.Tensor]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process group of an engine that is still running, or of children that outlived it."""
-    try:
-        os.killpg(process.pid, signal.SIGTERM if process.poll() is None else signal.SIGKILL)
-        process.wait(timeout=20)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    except ProcessLookupError:
-        pass
+    """Empty the process group of an engine: at once if it ended by itself, by signals if it is still running."""
+    with deferred_signals():
+        for signum, patience_s in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
+            deadline = time.monotonic() + patience_s
+            if group_members(process.pid):
+                with suppress(ProcessLookupError):  # it ended meanwhile
+                    os.killpg(process.pid, signum)
+            while process.poll() is None or group_members(process.pid):
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.05)
 
 
 def _failure(name: str, code: int, log: Path) -> KVSpliceError:

@@ -70,7 +70,7 @@ def _score(llm: Any, job: Job, start: int) -> None:
         _save(window_file(job.folder, i), ids=ids[:, 1:], logprobs=logprobs[:, 1:], targets=logprobs[:, 0])
 
 
-def _save(path: Path, **arrays: np.ndarray) -> None:
+def _save(path: Path, **arrays: Any) -> None:
     """Write and rename, so that a file that exists is whole."""
     part = path.with_suffix(".part")
     with part.open("wb") as f:

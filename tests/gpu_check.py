@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On a machine with an NVIDIA GPU: every kernel compiled and checked, then timed. Needs torch and triton alone.
+
+``python tests/gpu_check.py [--only checks|times]`` prints every case and exits with 1 if one failed. Times are medians of
+CUDA graph replays over more cache than L2 holds; GB are 1e9 bytes of codes and scales, beside those that a copy moves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+
+import torch
+from kernel_cases import (
+    ATTENTION,
+    EXPAND,
+    EXPAND_CACHED,
+    LARGE,
+    WRITE,
+    WRITE_LARGE,
+    LatentLayout,
+    attention,
+    cache_write,
+    decode,
+    reference,
+    triton,
+)
+from kernel_checks import check_attention, check_expand_cached, check_fused_expand, check_write
+
+NUM_HEADS, H, HEAD_DIM = 28, 4, 128
+LAYOUT = LatentLayout.of(HEAD_DIM, k=[(8, 32), (4, 96)], v=[(8, 32), (4, 96)])
+SHAPES = ((64, 4096), (16, 32768), (8, 8192), (1, 32768))
+COLD_BYTES = 400e6  # cache that one replay goes through at least, several times the L2 of an H200
+
+
+def all_checks() -> Iterator[tuple[str, Callable[[], None]]]:
+    for name, case in (WRITE | WRITE_LARGE).items():
+        yield f"cache_write {name}", lambda case=case: check_write(case)
+    for name, case in (ATTENTION | LARGE).items():
+        yield f"attention {name}", lambda case=case: check_attention(case)
+    for name, args in EXPAND.items():
+        yield f"fused_expand {name}", lambda args=args: check_fused_expand(*args)
+    for name, args in EXPAND_CACHED.items():
+        yield f"expand_cached {name}", lambda args=args: check_expand_cached(*args)
+
+
+def run_checks() -> int:
+    failed = 0
+    for name, check in all_checks():
+        start = time.time()
+        try:
+            check()
+            torch.cuda.synchronize()
+            print(f"ok     {name} ({time.time() - start:.1f} s)", flush=True)
+        except Exception as error:  # a wrong answer or a compile error: report it and go on
+            failed += 1
+            line = (str(error).strip().splitlines() or [""])[0][:300]
+            print(f"FAILED {name}: {type(error).__name__}: {line}", flush=True)
+            if not isinstance(error, AssertionError):
+                traceback.print_exc(limit=-4)
+    return failed
+
+
+def graph_us(calls: list[Callable[[], None]]) -> float:
+    """Median microseconds of one call; the calls are captured in one CUDA graph, each on other memory."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(12):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(times[2:])
+
+
+def copy_gb_s() -> float:
+    """GB/s of a device copy, bytes read and written."""
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / graph_us([lambda: target.copy_(source)] * 3) / 1e3
+
+
+def make_cache(num_blocks: int, block_size: int) -> torch.Tensor:
+    """Random codes with finite scales."""
+    shape = (num_blocks, H, block_size, LAYOUT.bytes_per_token_head)
+    cache = torch.empty(shape, dtype=torch.uint8, device="cuda").random_(0, 256)
+    number = torch.tensor([0.02], dtype=torch.float16, device="cuda").view(torch.uint8)
+    for side in ("k", "v"):
+        for tier in LAYOUT.plan(side, block_size):
+            for offset in (tier.scale_offset, tier.zero_offset):
+                if offset >= 0:
+                    reference._plane(cache, offset, 2)[:] = number
+    return cache
+
+
+def bases() -> tuple[torch.Tensor, ...]:
+    full = torch.linalg.qr(torch.randn(H, HEAD_DIM, HEAD_DIM, device="cuda"))[0]
+    return full.transpose(1, 2).contiguous(), full.contiguous(), torch.zeros(H, HEAD_DIM, device="cuda")
+
+
+def time_decode(B: int, context: int, block_size: int, copy: float) -> None:
+    """Print the time of both stages, and of stage 1 alone, for the split counts around the chosen one."""
+    per_seq, moved = -(-context // block_size), B * context * H * LAYOUT.bytes_per_token_head
+    copies = max(1, round(COLD_BYTES / moved))
+    cache = make_cache(copies * B * per_seq, block_size)
+    tables = torch.randperm(copies * B * per_seq, device="cuda").int().view(copies, B, per_seq)
+    lens = torch.full((B,), context, dtype=torch.int32, device="cuda")
+    starts = torch.arange(B + 1, dtype=torch.int32, device="cuda")
+    query = torch.randn(B, NUM_HEADS, HEAD_DIM, device="cuda").bfloat16()
+    out, (_, expand, mean) = torch.empty_like(query), bases()
+    k_plan, v_plan = LAYOUT.plan("k", block_size), LAYOUT.plan("v", block_size)
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    chosen = attention.choose_num_splits(B, H, context, sms)
+    for splits in sorted({max(1, chosen // 4), max(1, chosen // 2), chosen, chosen * 2}):
+        shapes = attention.workspace_shapes(B, NUM_HEADS, HEAD_DIM, HEAD_DIM, splits)
+        work = attention.Workspace(*(torch.zeros(s, device="cuda") for s in shapes))
+
+        def both(table: torch.Tensor, splits: int = splits, work: attention.Workspace = work) -> None:
+            attention.paged_attention(
+                query, cache, k_plan, v_plan, expand, mean, expand, mean, table, lens, starts, HEAD_DIM**-0.5, out,
+                1, splits, workspace=work,
+            )  # fmt: skip
+
+        def stage_1(table: torch.Tensor, work: attention.Workspace = work) -> None:
+            decode.decode(
+                work.q_latent, work.q_bias, cache, k_plan, v_plan, table, lens, starts, work.latent, work.lse,
+                HEAD_DIM**-0.5, 1,
+            )  # fmt: skip
+
+        total, alone = (graph_us([lambda t=t, f=f: f(t) for t in tables]) for f in (both, stage_1))
+        mark = "*" if splits == chosen else " "
+        print(
+            f"attention reqs={B} ctx={context} block={block_size} splits={splits}{mark} all={total:.1f} us "
+            f"stage 1={alone:.1f} us moved={moved / 1e6:.1f} MB {moved / total / 1e3:.0f} GB/s "
+            f"({moved / total / 10 / copy:.0f} % of copy; stage 1 {moved / alone / 10 / copy:.0f} %)",
+            flush=True,
+        )
+
+
+def time_write(T: int, block_size: int, copy: float) -> None:
+    plans = LAYOUT.plan("k", block_size), LAYOUT.plan("v", block_size)
+    cache = make_cache(-(-T // block_size) + 1, block_size)
+    x = torch.randn(2, T, H, HEAD_DIM, device="cuda").bfloat16()
+    slots = torch.randperm(T, device="cuda")
+    encode, _, mean = bases()
+    args = (x[0], x[1], cache, slots, encode, mean, encode, mean, *plans)
+    us = graph_us([lambda: cache_write.cache_write(*args)] * 10)
+    moved = T * H * (4 * HEAD_DIM + LAYOUT.bytes_per_token_head)
+    print(
+        f"cache_write tokens={T} {us:.1f} us moved={moved / 1e6:.2f} MB {moved / us / 1e3:.0f} GB/s "
+        f"({moved / us / 10 / copy:.0f} % of copy; warm L2)",
+        flush=True,
+    )
+
+
+def run_times() -> int:
+    failed, copy = 0, copy_gb_s()
+    print(f"copy {copy:.0f} GB/s; {LAYOUT}, {LAYOUT.bytes_per_token_head} bytes per token and head, 28/4 heads")
+    jobs: list[tuple[Callable[..., None], tuple[int, ...]]] = [
+        (time_decode, (*shape, block_size)) for block_size in (16, 64) for shape in SHAPES
+    ]
+    for run, args in [*jobs, *((time_write, (T, 16)) for T in (1, 64, 256, 2048, 8192))]:
+        try:
+            run(*args, copy)
+        except Exception:  # report it and time the others
+            failed += 1
+            print(f"FAILED {run.__name__} {args}")
+            traceback.print_exc(limit=-4)
+    return failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Check and time the kernels on an NVIDIA GPU.")
+    parser.add_argument("--only", choices=("checks", "times"))
+    only = parser.parse_args().only
+    if not torch.cuda.is_available():
+        print("no NVIDIA GPU here: expected one that torch.cuda can use")
+        return 2
+    torch.manual_seed(0)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+    failed = (0 if only == "times" else run_checks()) + (0 if only == "checks" else run_times())
+    print(f"{failed} failed" if failed else "all passed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

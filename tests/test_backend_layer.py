@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a projector to a layer: heads per rank, page sizes, buffers; and from vLLM's batch to ours. No engine."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("vllm")
+
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vllm_kvsplice.attention_layer import Bases, attach, bases_of, cell_bytes, local_kv_heads, projector_layer
+from vllm_kvsplice.errors import KVSpliceError
+from vllm_kvsplice.layout import LatentLayout
+from vllm_kvsplice.metadata import KVSpliceMetadataBuilder
+from vllm_kvsplice.projector import Basis, LayerProjector, Projector, default_layer
+from vllm_kvsplice.startup import LayerFacts, summary
+
+A = LatentLayout.of(64, k=[(8, 16), (4, 48)], v=[(8, 16), (4, 48)])  # 46 + 46 bytes
+B = LatentLayout.of(64, k=[(16, 64)], v=[(4, 40), (0, 24)])  # 128 + 24
+
+
+def projector(*layouts: LatentLayout, heads: int = 4) -> Projector:
+    def basis(rank: int, salt: int) -> Basis:
+        numbers = torch.arange(heads * rank * 64, dtype=torch.float32).view(heads, rank, 64) + salt
+        return Basis(numbers, numbers.transpose(1, 2).contiguous(), numbers[:, 0], 1 + numbers[:, :, 0].abs())
+
+    layers = {i: LayerProjector(x, basis(x.rank("k"), 1), basis(x.rank("v"), 2)) for i, x in enumerate(layouts)}
+    return Projector(SimpleNamespace(), layers)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "total, size, expected",
+    [
+        pytest.param(8, 2, [(0, 4), (4, 8)], id="slices"),
+        pytest.param(2, 4, [(0, 1), (0, 1), (1, 2), (1, 2)], id="replicas"),
+        pytest.param(1, 2, [(0, 1), (0, 1)], id="one-head"),
+    ],
+)
+def test_kv_heads_of_a_rank(total: int, size: int, expected: list[tuple[int, int]]) -> None:
+    assert [local_kv_heads(total, rank, size) for rank in range(size)] == expected
+
+
+def test_a_rank_takes_its_heads_of_its_layer() -> None:
+    whole = projector(A, B)
+    part = projector_layer(whole, "model.layers.1.self_attn.attn", 64, 2, (2, 4))
+    assert part.layout == B and torch.equal(part.k.encode, whole.layers[1].k.encode[2:])
+    assert torch.equal(part.v.sigma, whole.layers[1].v.sigma[2:])
+
+
+@pytest.mark.parametrize(
+    "name, head_dim, heads, words",
+    [
+        pytest.param("model.layers.2.attn", 64, 4, "no layer for model.layers.2", id="missing-layer"),
+        pytest.param("model.attn", 64, 4, "no layer for model.attn", id="no-index"),
+        pytest.param("model.layers.0.attn", 128, 4, "head_dim 64 and KV heads 0..3", id="head-dim"),
+        pytest.param("model.layers.0.attn", 64, 2, "2 KV heads on this worker", id="heads"),
+    ],
+)
+def test_a_projector_that_does_not_fit_is_refused(name: str, head_dim: int, heads: int, words: str) -> None:
+    with pytest.raises(KVSpliceError, match=words):
+        projector_layer(projector(A, A), name, head_dim, heads, (0, 4))
+
+
+def test_without_a_projector_any_layer_is_int8() -> None:
+    found = projector_layer(None, "anything", 80, 3, (0, 3))
+    assert str(found.layout) == "K 80x8 V 80x8" and found.k.encode.shape == (3, 80, 80)
+
+
+def test_page_sizes_differ_by_layer_but_not_under_several_windows() -> None:
+    both = projector(A, B)
+    assert [cell_bytes(x, both, {None}) for x in (A, B)] == [92, 152]
+    assert [cell_bytes(x, both, {256}) for x in (A, B)] == [92, 152]
+    assert [cell_bytes(x, both, {None, 256}) for x in (A, B)] == [152, 152]
+    assert cell_bytes(A, None, {None, 256}) == 92
+
+
+def test_buffers_are_replaced_in_place_and_not_saved() -> None:
+    layer = nn.Module()
+    whole = projector(A, A)
+    attach(layer, whole.layers[0], torch.device("cpu"))
+    bases, where = bases_of(layer), [b.data_ptr() for b in bases_of(layer)]
+    folded = whole.layers[0].k.folded()
+    assert torch.equal(bases.k_encode, folded.encode) and torch.equal(bases.k_decode, folded.decode)
+    assert not layer.state_dict() and len(dict(layer.named_buffers())) == len(Bases._fields)
+    attach(layer, default_layer(64, 4), torch.device("cpu"))
+    assert [b.data_ptr() for b in bases_of(layer)] == where  # captured CUDA graphs read these addresses
+    assert torch.equal(bases_of(layer).k_encode, default_layer(64, 4).k.folded().encode)
+    attach(layer, projector(B).layers[0], torch.device("cpu"))
+    assert bases_of(layer).v_encode.shape == (4, 40, 64)
+
+
+def test_the_start_up_line_counts_everything() -> None:
+    facts = [LayerFacts(A, 2, 64, 2, 92), LayerFacts(B, 2, 64, 2, 152)]
+    line = summary(facts, 2, 2)
+    assert line == (
+        "K 16x8+48x4 V 16x8+48x4 (and 1 other codecs): 122.0 bytes per token and KV head all in, dense 256.0; "
+        "ratio V 3.66x, K 1.47x, K+V 2.10x; active on 2 of 2 attention layers"
+    )
+    padded = summary([facts[0]._replace(cell_bytes=152), facts[1]], 2, 2)
+    assert "152.0 bytes" in padded and "30.0 of them padding" in padded and "K+V 1.68x" in padded
+    mixed = summary([facts[0], LayerFacts(None, 2, 64, 2, 256)], 1, 2)
+    assert "174.0 bytes" in mixed and "V 2.78x, K 2.78x, K+V 1.47x; active on 1 of 2" in mixed
+
+
+# ---------------------------------------------------------------- the step
+def builder(decode_query_len: int = 1) -> KVSpliceMetadataBuilder:
+    made = object.__new__(KVSpliceMetadataBuilder)
+    made.reorder_batch_threshold = decode_query_len
+    made.vllm_config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=4096))  # type: ignore[assignment]
+    return made
+
+
+def batch(query_lens: list[int], seq_lens: list[int], **changes: Any) -> CommonAttentionMetadata:
+    starts = torch.tensor([0, *query_lens]).cumsum(0).int()
+    lens = torch.tensor(seq_lens, dtype=torch.int32)
+    arguments: dict[str, Any] = dict(
+        query_start_loc=starts, query_start_loc_cpu=starts.clone(), seq_lens=lens, num_reqs=len(query_lens),
+        num_actual_tokens=int(starts[-1]), max_query_len=max(query_lens), max_seq_len=max(seq_lens),
+        block_table_tensor=torch.arange(len(query_lens) * 3, dtype=torch.int32).view(-1, 3),
+        slot_mapping=torch.zeros(int(starts[-1]), dtype=torch.int64), causal=True, seq_lens_cpu_upper_bound=lens.clone(),
+    )  # fmt: skip
+    return CommonAttentionMetadata(**(arguments | changes))
+
+
+def test_decodes_lead_and_prefills_are_renumbered_from_zero() -> None:
+    m = builder().build(0, batch([1, 1, 5, 7], [9, 1, 5, 30]))
+    assert (m.decodes.num_reqs, m.decodes.num_tokens, m.decodes.max_query_len) == (2, 2, 1)
+    assert m.decodes.query_start_loc.tolist() == [0, 1, 2] and m.decodes.seq_lens.tolist() == [9, 1]
+    p = m.prefills
+    assert p is not None and (p.num_reqs, p.num_tokens, p.max_query_len) == (2, 12, 7)
+    assert p.query_start_loc.tolist() == p.query_start_loc_cpu.tolist() == [0, 5, 12]
+    assert p.query_start_loc.dtype == torch.int32  # the kernels take no other
+    assert p.first_chunk == [True, False] and p.block_table.tolist() == [[6, 7, 8], [9, 10, 11]]
+
+
+def test_verified_drafts_are_decodes() -> None:
+    m = builder(4).build(0, batch([4, 4, 2], [9, 20, 12]))
+    assert m.prefills is None and m.decodes.max_query_len == 4 and m.decodes.num_tokens == 10
+
+
+def test_without_host_lengths_no_row_counts_as_a_first_chunk() -> None:
+    m = builder().build(0, batch([5, 7], [5, 30], seq_lens_cpu_upper_bound=None))
+    assert m.decodes.num_tokens == 0 and m.prefills is not None and m.prefills.first_chunk == [False, False]
+
+
+def test_capture_holds_for_the_longest_context_and_the_query_itself() -> None:
+    given = batch([2, 2], [1, 1])
+    m = builder(2).build_for_cudagraph_capture(given)
+    assert m.decodes.max_seq_len == 4096 and given.seq_lens.tolist() == [2, 2]  # the runner's own buffer, refilled later
+
+
+def test_non_causal_batches_are_refused() -> None:
+    for causal in (False, torch.tensor([True])):
+        with pytest.raises(KVSpliceError, match="non-causal"):
+            builder().build(0, batch([1], [1], causal=causal))

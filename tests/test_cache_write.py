@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""cache_write against reference.encode, quantize, pack and write_side."""
+
+import kernel_cases as cases
+import kernel_checks as checks
+import pytest
+import torch
+
+from vllm_kvsplice import reference
+
+
+@pytest.mark.parametrize("name", cases.WRITE)
+def test_matches_reference(name: str) -> None:
+    checks.check_write(cases.WRITE[name])
+
+
+def test_clip_search_is_the_reference_s() -> None:
+    ours = {
+        4: (cases.packing.CLIP_COUNT_4.value, cases.packing.CLIP_STEP_4.value),
+        2: (cases.packing.CLIP_COUNT_2.value, cases.packing.CLIP_STEP_2.value),
+    }
+    assert ours == reference.CLIP_SEARCH
+
+
+@pytest.mark.parametrize(("bits", "dims"), [(8, 64), (4, 64), (2, 64)])
+def test_codes_are_equal_where_the_projection_is_exact(bits: int, dims: int) -> None:
+    """Identity basis, no mean: the latents are the inputs, so that rounding and packing alone are compared."""
+    batch = cases.make_batch(
+        cases.Case(k=((bits, dims),), v=((bits, dims),), seq_lens=(33,), num_kv_heads=1), filled=False
+    )
+    eye, none = torch.eye(64, device=cases.DEVICE)[None].contiguous(), torch.zeros(1, 64, device=cases.DEVICE)
+    batch.bases = {"k": (eye, eye, none), "v": (eye, eye, none)}
+    expected = torch.full_like(batch.storage, cases.POISON).as_strided(batch.kv_cache.shape, batch.kv_cache.stride())
+    cases.write_by_reference(batch, expected)
+    write(batch)
+    differing = (batch.kv_cache != expected).float().mean()
+    assert differing == 0 if cases.DEVICE == "cpu" else differing < 1e-3
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rounding_has_no_bias(bits: int) -> None:
+    """Truncation would shift codes by half a step towards zero; rounding keeps the mean error near 0."""
+    batch = cases.make_batch(
+        cases.Case(k=((bits, 64),), v=((bits, 64),), seq_lens=(60,), num_kv_heads=1, offset=3.0), filled=False
+    )
+    write(batch)
+    encode, _, mean = (t.double() for t in batch.bases["v"])
+    z = reference.encode(batch.value.double(), encode, mean)
+    blocks = batch.block_table[0, :4].long()
+    (plan,) = batch.plan("v")
+    got = reference.read_side(batch.kv_cache, (plan,), blocks, torch.float64, batch.wide_dtype)[:, :60].transpose(0, 1)
+    scale = reference._plane(batch.kv_cache, plan.scale_offset, 2)[blocks].contiguous().view(torch.float16)
+    step = scale.double().transpose(0, 1).flatten(1, 2)[:, :60].transpose(0, 1)
+    off = (got - z) / step
+    inside = off.abs() < 0.51  # not clipped
+    assert inside.double().mean() > 0.9
+    assert (off[inside] * z[inside].sign()).mean().abs() < 0.02
+
+
+def test_rows_of_zeros_and_of_one_number() -> None:
+    batch = cases.make_batch(cases.Case(k=cases.A8_4, v=cases.A8_4, seq_lens=(4,), num_kv_heads=1), filled=False)
+    batch.key[:2], batch.value[1:3] = 0, 2.5
+    expected = torch.full_like(batch.storage, cases.POISON).as_strided(batch.kv_cache.shape, batch.kv_cache.stride())
+    cases.write_by_reference(batch, expected)
+    write(batch)
+    block = batch.block_table[0, :1].long()
+    for side in ("k", "v"):
+        got, want = (
+            reference.read_side(c, batch.plan(side), block, torch.float64, batch.wide_dtype)[:, :4]
+            for c in (batch.kv_cache, expected)
+        )
+        assert torch.allclose(got, want, atol=0.02)
+
+
+def test_slot_mapping_may_be_shorter_than_the_tokens() -> None:
+    batch = cases.make_batch(cases.Case(seq_lens=(20,)), filled=False)
+    batch.slot_mapping = batch.slot_mapping[:7]
+    write(batch)
+    seen = (batch.kv_cache[batch.block_table[0, :2].long()] != cases.POISON).any(-1).any(1).flatten()
+    assert seen[:7].any() and not batch.kv_cache[batch.block_table[0, 1].long()].ne(cases.POISON).any()
+
+
+def test_nothing_to_write() -> None:
+    batch = cases.make_batch(cases.Case(), filled=False)
+    batch.slot_mapping = batch.slot_mapping[:0]
+    write(batch)
+    assert (batch.storage == cases.POISON).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("slot_mapping", lambda b: setattr(b, "slot_mapping", b.slot_mapping.int())),
+        ("kv_cache", lambda b: setattr(b, "kv_cache", b.kv_cache.view(torch.int8))),
+        ("kv_cache", lambda b: setattr(b, "kv_cache", b.kv_cache[:, :1])),
+        ("value", lambda b: setattr(b, "value", b.value[:, :, :32])),
+        ("key", lambda b: setattr(b, "key", b.key.double())),
+        ("k_encode", lambda b: b.bases.update(k=(b.bases["k"][0].half(), *b.bases["k"][1:]))),
+        ("v_mean", lambda b: b.bases.update(v=(*b.bases["v"][:2], b.bases["v"][2][:, :-1]))),
+    ],
+)
+def test_wrong_arguments_are_named(name: str, change) -> None:
+    batch = cases.make_batch(cases.Case(), filled=False)
+    change(batch)
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        write(batch)
+
+
+def write(batch: cases.Batch) -> None:
+    k, v = batch.bases["k"], batch.bases["v"]
+    cases.cache_write.cache_write(
+        batch.key, batch.value, batch.kv_cache, batch.slot_mapping, k[0], k[2], v[0], v[2],
+        batch.plan("k"), batch.plan("v"), batch.wide_dtype,
+    )  # fmt: skip

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""decode and reduce_expand, alone and together, against reference.attend, merge_splits and paged_attention."""
+
+from dataclasses import replace
+
+import kernel_cases as cases
+import kernel_checks as checks
+import pytest
+import torch
+
+from vllm_kvsplice import reference
+
+
+@pytest.mark.parametrize("name", cases.ATTENTION)
+def test_attention_matches_reference(name: str) -> None:
+    checks.check_attention(cases.ATTENTION[name])
+
+
+def test_stage_1_alone() -> None:
+    """Each split is attention over its own run of keys: latent and lse (natural log) match; empty splits say -inf."""
+    case = cases.Case(seq_lens=(150,), query_lens=(1,), splits=4, k=cases.A8_4, v=cases.A8_4, group=3, num_kv_heads=1)
+    batch = cases.make_batch(case)
+    work = checks.poisoned_workspace(batch)
+    out = torch.empty(batch.query.shape, device=cases.DEVICE)
+    checks.run_kernels(batch, out, work)
+    z_k, z_v = (
+        reference.read_side(
+            batch.kv_cache, batch.plan(s), batch.block_table[0, :10].long(), torch.float64, torch.bfloat16
+        )[:, :150]
+        for s in ("k", "v")
+    )
+    _, k_decode, k_mean = (t.double() for t in batch.bases["k"])
+    q, bias = reference.project_query(batch.query.double(), k_decode, k_mean)
+    assert (work.q_latent - q).abs().max() < 1e-4 * q.abs().max()
+    tile = cases.decode.launch_shape(16, 128)["TILE"]
+    for s in range(4):  # 3 tiles of 64 keys: one for each of the first splits
+        keys = torch.arange(150, device=q.device)[s * tile : (s + 1) * tile]
+        if len(keys) == 0:
+            assert (work.lse[:, :, s] == float("-inf")).all() and work.latent[:, :, s].isnan().all()
+            continue
+        positions = torch.tensor([149], device=q.device)
+        latent, lse = reference.attend(q, z_k[:, keys], z_v[:, keys], 0.125, bias, positions, keys)
+        assert (work.lse[:, :, s] - lse).abs().max() < 2e-3
+        assert (work.latent[:, :, s] - latent).abs().max() < 2e-3 * latent.abs().max()
+
+
+def test_stage_2_merges_what_it_is_given() -> None:
+    """Unlike lses, empty splits that hold NaN, a row of empty splits alone, and a strided bf16 output."""
+    g = torch.Generator().manual_seed(0)
+    T, num_heads, splits, rank, head_dim = 3, 4, 5, 40, 80
+    latent = torch.randn(T, num_heads, splits, rank, generator=g)
+    lse = torch.randn(T, num_heads, splits, generator=g) * 20
+    lse[0, :, 1], lse[1, 2], lse[2, 0, :4] = float("-inf"), float("-inf"), float("-inf")
+    latent[lse.isinf()] = float("nan")
+    v_decode, mean = torch.randn(2, head_dim, rank, generator=g), torch.randn(2, head_dim, generator=g)
+    merged, total = reference.merge_splits(latent.double().permute(2, 0, 1, 3), lse.double().permute(2, 0, 1))
+    exact = reference.expand(merged.unflatten(1, (2, 2)).transpose(1, 2), v_decode.double(), mean.double())
+    exact = torch.where(total.isinf()[..., None], 0.0, exact.transpose(1, 2).flatten(1, 2))
+    d = cases.DEVICE
+    lens, starts = torch.tensor([9, 9], dtype=torch.int32), torch.tensor([0, 1, 3], dtype=torch.int32)
+    wide = torch.full((T, num_heads, head_dim + 8), float("nan"), dtype=torch.bfloat16, device=d)
+    args = [x.to(d) for x in (latent, lse, v_decode, mean, lens, starts)]
+    cases.reduce_expand.reduce_expand(*args, wide[..., :head_dim], 2)
+    low = exact.bfloat16()
+    checks.assert_within(wide[..., :head_dim].cpu(), exact, low, torch.finfo(torch.bfloat16).eps, "reduce_expand")
+    assert (wide[1, 2, :head_dim] == 0).all() and wide[..., head_dim:].isnan().all()
+
+
+def test_many_rows_take_the_dot_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """reduce_expand with all heads of a group in one program, as large batches run it."""
+    monkeypatch.setattr(cases.reduce_expand, "FEW_ROWS", 0)
+    for name in ("int8", "query-lens-1-to-8", "long-query-skip", "query-without-keys"):
+        checks.check_attention(cases.ATTENTION[name])
+
+
+def test_split_count_does_not_change_the_answer() -> None:
+    outs = []
+    for splits in (1, 2, 5):
+        batch = cases.make_batch(replace(cases.ATTENTION["window"], splits=splits))
+        out = torch.full(batch.query.shape, float("nan"), device=cases.DEVICE)
+        checks.run_kernels(batch, out)
+        outs.append(out)
+    assert (outs[0] - outs[1]).abs().max() < 1e-3 and (outs[0] - outs[2]).abs().max() < 1e-3
+
+
+def test_foreign_bytes_never_count() -> None:
+    """Two caches that differ in every byte that no token owns, and foreign block ids: bit-equal outputs."""
+    outs = []
+    for fill in (0xFF, 0x00, 0x7C):
+        batch = cases.make_batch(replace(cases.ATTENTION["wide-fp16"], seq_lens=(5, 21)), filled=False)
+        batch.storage.fill_(fill)
+        cases.write_by_reference(batch, batch.kv_cache)
+        out = torch.full(batch.query.shape, float("nan"), device=cases.DEVICE)
+        checks.run_kernels(batch, out)
+        outs.append(out)
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+def test_model_dtypes_of_the_output() -> None:
+    batch = cases.make_batch(cases.Case())
+    exact = checks.run_reference(batch, torch.float64)
+    for dtype in (torch.bfloat16, torch.float16):
+        out = torch.full(batch.query.shape, float("nan"), dtype=dtype, device=cases.DEVICE)
+        checks.run_kernels(batch, out)
+        low = checks.run_reference(batch, torch.float16)
+        checks.assert_within(out, exact, low, torch.finfo(dtype).eps, str(dtype))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("block_table", lambda b: setattr(b, "block_table", b.block_table.long())),
+        ("seq_lens", lambda b: setattr(b, "seq_lens", b.seq_lens.long())),
+        ("query_start_loc", lambda b: setattr(b, "query_start_loc", b.query_start_loc[:-1])),
+        ("kv_cache", lambda b: setattr(b, "kv_cache", b.kv_cache.view(torch.int8))),
+        ("query", lambda b: setattr(b, "query", b.query[:, :3])),
+        ("v_decode", lambda b: b.bases.update(v=(b.bases["v"][0], b.bases["v"][1].half(), b.bases["v"][2]))),
+    ],
+)
+def test_wrong_arguments_are_named(name: str, change) -> None:
+    batch = cases.make_batch(cases.Case())
+    out = torch.empty(batch.query.shape, device=cases.DEVICE)
+    change(batch)
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        checks.run_kernels(batch, out[:, : batch.query.shape[1]])
+
+
+def test_chosen_splits_fill_the_gpu_and_no_more() -> None:
+    choose = cases.attention.choose_num_splits
+    assert choose(1, 4, 32768, 132) == 128
+    assert choose(256, 4, 2048, 132) == 2
+    assert choose(64, 4, 100, 132) == 1
+    assert choose(1000, 8, 10**6, 132) == 1
