@@ -367,7 +367,7 @@ def decode(
 def launch_shape(rows: int, ranks: int) -> dict[str, int]:
     """Tokens of a key tile and launch options: a warp for 16 rows, as more would only hold copies of them.
 
-    Tiles are as large as registers allow (ptxas, sm_90): at 32 rows and more, or a k_rank + v_rank above 256, 64 spills.
+    Tiles are as large as registers allow (ptxas, sm_90): from 64 rows on, or a k_rank + v_rank above 256, 64 spills much.
     """
-    tile = 64 if rows == 16 and ranks <= 256 else 32
+    tile = 64 if rows <= 32 and ranks <= 256 else 32
     return {"TILE": tile, "num_warps": min(8, rows // 16), "num_stages": 3 if rows == 16 else 2}

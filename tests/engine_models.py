@@ -10,10 +10,12 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +35,15 @@ COMMON = dict(vocab_size=VOCAB, hidden_size=256, intermediate_size=128, num_hidd
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": COMMON,
     # Sliding layers (0, 2) and full ones (1) with soft caps; the window is shorter than a block.
-    "gemma2": COMMON | dict(head_dim=64, sliding_window=24, attn_logit_softcapping=5.0, final_logit_softcapping=30.0,
-                            query_pre_attn_scalar=64, tie_word_embeddings=True),  # fmt: skip
+    "gemma2": COMMON
+    | dict(
+        head_dim=64,
+        sliding_window=24,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=30.0,
+        query_pre_attn_scalar=64,
+        tie_word_embeddings=True,
+    ),  # fmt: skip
 }
 LLM = dict(skip_tokenizer_init=True, dtype="float32", max_model_len=512, kv_cache_memory_bytes=8 << 20, enforce_eager=True,
            max_num_seqs=8, block_size=32, seed=0)  # fmt: skip
@@ -92,7 +101,9 @@ def job(model: Path, *steps: dict[str, Any], **llm: Any) -> dict[str, Any]:
     return {"llm": LLM | {"model": str(model)} | llm, "steps": list(steps)}
 
 
-def assert_follows(served: Served, step: int, expected: Callable[[list[int]], Tensor], prompts: list[list[int]], tol: float) -> None:
+def assert_follows(
+    served: Served, step: int, expected: Callable[[list[int]], Tensor], prompts: list[list[int]], tol: float
+) -> None:
     """What a step generated are the simulation's greedy tokens, unless two were as good as level, at its log-probabilities."""
     for prompt, tokens, logprobs in zip(prompts, served.tokens[step], served.logprobs[step], strict=True):
         rows = expected(prompt + tokens)[len(prompt) - 1 : -1]
@@ -138,7 +149,9 @@ class Served:
     error: str | None
 
 
-def serve(jobs: list[dict[str, Any]], folder: Path, **environment: str) -> tuple[list[Served], str]:
+def serve(
+    jobs: list[dict[str, Any]], folder: Path, timeout: float = 280, **environment: str
+) -> tuple[list[Served], str]:
     """Run the jobs in one new process; returns one ``Served`` each and everything that was logged."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -146,11 +159,20 @@ def serve(jobs: list[dict[str, Any]], folder: Path, **environment: str) -> tuple
     env = os.environ | dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1",
                             OMP_NUM_THREADS="1", VLLM_CPU_OMP_THREADS_BIND="nobind") | environment  # fmt: skip
     env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), env.get("PYTHONPATH", "")])
-    run = subprocess.run([sys.executable, __file__, str(folder)], env=env, capture_output=True, text=True, timeout=280)
-    log = run.stdout + run.stderr
+    with (folder / "log").open("wb") as out:
+        command = [sys.executable, __file__, str(folder)]
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # engine core and workers with it
+    log = (folder / "log").read_text(errors="replace")
     done = folder / "done.json"
-    if run.returncode or not done.exists():
-        raise AssertionError(f"the engine process ended with {run.returncode}:\n{log[-6000:]}")
+    if process.wait() or not done.exists():
+        raise AssertionError(f"the engine process ended with {process.returncode}:\n{log[-6000:]}")
     return [Served(**result) for result in json.loads(done.read_text())], log
 
 
@@ -173,7 +195,10 @@ def _run_job(job: dict[str, Any]) -> dict[str, Any]:
         answers = llm.generate([{"prompt_token_ids": p} for p in step["prompts"]], params, use_tqdm=False)
         out["tokens"].append([list(a.outputs[0].token_ids) for a in answers])
         out["logprobs"].append(
-            [[p[t].logprob for p, t in zip(a.outputs[0].logprobs, a.outputs[0].token_ids, strict=True)] for a in answers]
+            [
+                [p[t].logprob for p, t in zip(a.outputs[0].logprobs, a.outputs[0].token_ids, strict=True)]
+                for a in answers
+            ]
         )
         out["prompt_logprobs"].append(
             [a.prompt_logprobs and [p[t].logprob for p, t in zip(a.prompt_logprobs[1:], a.prompt_token_ids[1:], strict=True)]
@@ -193,7 +218,8 @@ def _main(folder: Path) -> None:
         results.append(_run_job(job))
         gc.collect()
         cleanup_dist_env_and_memory()
-    (folder / "done.json").write_text(json.dumps(results))
+        (folder / "partial.json").write_text(json.dumps(results))
+    (folder / "partial.json").rename(folder / "done.json")
 
 
 if __name__ == "__main__":

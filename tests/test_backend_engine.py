@@ -100,7 +100,9 @@ def prompt_differences(run: Run, name: str, model: str, projector: str, compress
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("name, model, projector", [("int8", "qwen", "none"), ("mixed", "qwen", "qwen"), ("gemma", "gemma", "gemma")])
+@pytest.mark.parametrize(
+    "name, model, projector", [("int8", "qwen", "none"), ("mixed", "qwen", "qwen"), ("gemma", "gemma", "gemma")]
+)
 def test_latent_prefill_and_decode_are_the_simulation(run: Run, name: str, model: str, projector: str) -> None:
     assert prompt_differences(run, name, model, projector, True).max() <= TOLERANCE
     assert_follows(run.served[name], 0, lambda ids: run.simulated(model, projector, tuple(ids)), PROMPTS, TOLERANCE)
@@ -123,7 +125,9 @@ def test_exact_and_latent_agree_within_the_codec_error(run: Run) -> None:
 
 def test_chunks_blocks_of_16_and_prefix_hits_change_nothing(run: Run) -> None:
     for step in (0, 1):
-        assert_follows(run.served["chunks"], step, lambda ids: run.simulated("qwen", "qwen", tuple(ids)), PROMPTS, TOLERANCE)
+        assert_follows(
+            run.served["chunks"], step, lambda ids: run.simulated("qwen", "qwen", tuple(ids)), PROMPTS, TOLERANCE
+        )
     assert run.served["chunks"].metrics["vllm:prefix_cache_hits"] >= 2 * 64
     assert run.served["chunks"].tokens[0] == run.served["chunks"].tokens[1]
 
@@ -139,19 +143,27 @@ def test_exact_prefill_hands_over_to_codes_where_chunks_end_and_prefixes_hit(run
 
 def test_speculative_decoding_is_greedy_decoding(run: Run) -> None:
     assert run.served["drafts"].metrics["vllm:spec_decode_num_accepted_tokens"] > 5
-    assert_follows(run.served["drafts"], 0, lambda ids: run.simulated("qwen", "qwen", tuple(ids)), LOOPS["prompts"], TOLERANCE)  # type: ignore[arg-type]
-    assert_follows(run.served["mixed"], 1, lambda ids: run.simulated("qwen", "qwen", tuple(ids)), LOOPS["prompts"], TOLERANCE)  # type: ignore[arg-type]
+    assert_follows(
+        run.served["drafts"], 0, lambda ids: run.simulated("qwen", "qwen", tuple(ids)), LOOPS["prompts"], TOLERANCE
+    )  # type: ignore[arg-type]
+    assert_follows(
+        run.served["mixed"], 1, lambda ids: run.simulated("qwen", "qwen", tuple(ids)), LOOPS["prompts"], TOLERANCE
+    )  # type: ignore[arg-type]
 
 
 def test_preempted_requests_resume_where_they_were(run: Run) -> None:
     assert run.served["tiny"].metrics["vllm:num_preemptions"] > 0
     for name, step in (("tiny", 0), ("mixed", 2)):
-        assert_follows(run.served[name], step, lambda ids: run.simulated("qwen", "qwen", tuple(ids)), MANY["prompts"], TOLERANCE)  # type: ignore[arg-type]
+        assert_follows(
+            run.served[name], step, lambda ids: run.simulated("qwen", "qwen", tuple(ids)), MANY["prompts"], TOLERANCE
+        )  # type: ignore[arg-type]
 
 
 def test_a_projector_beside_the_weights_is_found_and_survives_a_reload(run: Run) -> None:
     for step in (0, 1):
-        assert_follows(run.served["beside"], step, lambda ids: run.simulated("qwen", "qwen", tuple(ids)), PROMPTS, TOLERANCE)
+        assert_follows(
+            run.served["beside"], step, lambda ids: run.simulated("qwen", "qwen", tuple(ids)), PROMPTS, TOLERANCE
+        )
 
 
 def test_capacity_is_the_byte_ratio(run: Run) -> None:
@@ -202,6 +214,10 @@ def test_refused_at_start(run: Run, name: str, words: str) -> None:
 
 def test_with_the_plugin_installed_and_not_chosen_outputs_are_bit_identical(run: Run, tmp_path: Path) -> None:
     (without,), log = serve([job(run.models["qwen"], SCORE, GENERATE)], tmp_path, VLLM_PLUGINS="none")
-    assert "Registered new attention backend: KVSPLICE" not in log and "Registered new attention backend: KVSPLICE" in run.log
+    assert "kvsplice" not in log.lower() and "kvsplice" in run.log.lower()
     with_it = run.served["stock"]
-    assert (without.tokens, without.logprobs, without.prompt_logprobs) == (with_it.tokens, with_it.logprobs, with_it.prompt_logprobs)
+    assert (without.tokens, without.logprobs, without.prompt_logprobs) == (
+        with_it.tokens,
+        with_it.logprobs,
+        with_it.prompt_logprobs,
+    )

@@ -152,10 +152,76 @@ def test_without_host_lengths_no_row_counts_as_a_first_chunk() -> None:
 def test_capture_holds_for_the_longest_context_and_the_query_itself() -> None:
     given = batch([2, 2], [1, 1])
     m = builder(2).build_for_cudagraph_capture(given)
-    assert m.decodes.max_seq_len == 4096 and given.seq_lens.tolist() == [2, 2]  # the runner's own buffer, refilled later
+    assert m.decodes.max_seq_len == 4096 and given.seq_lens.tolist() == [
+        2,
+        2,
+    ]  # the runner's own buffer, refilled later
 
 
 def test_non_causal_batches_are_refused() -> None:
     for causal in (False, torch.tensor([True])):
         with pytest.raises(KVSpliceError, match="non-causal"):
             builder().build(0, batch([1], [1], causal=causal))
+
+
+# ---------------------------------------------------------------- loading
+class FakeLayer(nn.Module):
+    """An attention layer as far as loading reads one."""
+
+    def __init__(self, window: int | None = None) -> None:
+        super().__init__()
+        from vllm_kvsplice.backend import KVSpliceBackend
+
+        self.head_size = self.head_size_v = 64
+        self.sliding_window, self.kv_cache_torch_dtype, self.attn_backend = window, torch.float32, KVSpliceBackend
+        self._k_scale = torch.tensor(1.0)
+        self.impl: Any = None
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Builds the layers of a model of two tensor-parallel ranks, the second being this one, and loads a projector."""
+    from vllm_kvsplice import attention_layer, impl, projector_source
+
+    def loaded(layers: dict[str, FakeLayer], given: Projector, sharing: dict[str, str]) -> dict[str, FakeLayer]:
+        model = SimpleNamespace(model="m", revision=None, hf_text_config=None, get_total_num_kv_heads=lambda: 4)
+        config = SimpleNamespace(model_config=model)
+        monkeypatch.setattr(Projector, "verify", lambda self, config: None)
+        monkeypatch.setattr(projector_source, "for_engine", lambda *args: given)
+        monkeypatch.setattr(attention_layer, "is_plain_attention", lambda layer: True)
+        monkeypatch.setattr(impl, "tensor_parallel", lambda: (1, 2))
+        for module in (attention_layer, impl):
+            monkeypatch.setattr(module, "attention_layers", lambda config: layers)
+        for name, layer in layers.items():
+            made = layer.impl = object.__new__(impl.KVSpliceImpl)
+            made.vllm_config, made.settings = config, SimpleNamespace(projector=None)
+            made.num_heads, made.num_kv_heads, made.head_size, made.scale = 8, 2, 64, 1.0
+            made.sliding_window, made.soft_cap, made.path = layer.sliding_window, None, None
+            made.kv_sharing_target_layer_name = sharing.get(name)
+        for layer in [*layers.values()] * 2:  # a weight reload does it again
+            layer.impl.process_weights_after_loading(torch.bfloat16)
+        return layers
+
+    return loaded
+
+
+def test_loading_gives_each_layer_its_page_and_this_rank_its_heads(load: Any) -> None:
+    given = projector(A, B)
+    layers = load({f"layers.{i}.attn": FakeLayer() for i in range(2)}, given, {})
+    for i, (layer, layout) in enumerate(zip(layers.values(), (A, B), strict=True)):
+        assert layer.attn_backend.bytes_per_token_head == layout.bytes_per_token_head
+        assert layer.attn_backend.__bases__[0].bytes_per_token_head is None  # no subclass of a subclass after a reload
+        assert torch.equal(bases_of(layer).k_mean, given.layers[i].k.mean[2:])
+        assert layer.impl.codec.wide_dtype == torch.bfloat16  # 16-bit tiers of an fp32 model
+
+
+def test_a_layer_that_shares_a_cache_reads_it_with_its_target_s_projector(load: Any) -> None:
+    given = projector(A, B)
+    layers = load({f"layers.{i}.attn": FakeLayer() for i in range(2)}, given, {"layers.1.attn": "layers.0.attn"})
+    shared = layers["layers.1.attn"]
+    assert shared.impl.codec.layout == A and torch.equal(bases_of(shared).v_mean, given.layers[0].v.mean[2:])
+
+
+def test_a_hybrid_model_gets_one_page_size_when_loaded(load: Any) -> None:
+    layers = load({"layers.0.attn": FakeLayer(window=32), "layers.1.attn": FakeLayer()}, projector(A, B), {})
+    assert {layer.attn_backend.bytes_per_token_head for layer in layers.values()} == {152}

@@ -108,7 +108,7 @@ def test_exact_prefill_differs_from_latent_by_the_codec_only_and_only_in_first_c
     torch_path.prefill(c, b, query, None, step.kv_cache, requests, latent)
     assert torch.equal(exact[17:23], latent[17:23]) and exact.isfinite().all()
     assert (exact[:17] - dense(query[:17], *(x[:17] for x in fresh), c)).abs().max() < 1e-5
-    assert 1e-3 < (exact[:17] - latent[:17]).abs().max()  # 8 dimensions of V are dropped
+    assert (exact[:17] - latent[:17]).abs().max() > 1e-3  # 8 dimensions of V are dropped
 
 
 # ---------------------------------------------------------------- Triton
@@ -184,9 +184,13 @@ def test_triton_decodes_with_splits() -> None:
     c, b, step = codec(), bases(), Step([70, 1], [2, 2], LAYOUT.bytes_per_token_head)
     cache, _ = run(triton_path, c, b, step, False, DEVICE)
     got, expected = (torch.full_like(step.query, float("nan"), device=d) for d in (DEVICE, "cpu"))
-    requests = Requests(2, 4, 2, 4096, *(getattr(step.requests(), n) for n in ("query_start_loc", "seq_lens", "block_table")))
+    requests = Requests(
+        2, 4, 2, 4096, *(getattr(step.requests(), n) for n in ("query_start_loc", "seq_lens", "block_table"))
+    )
     triton_path.decode(c, b, step.query, cache.to(DEVICE), requests, got)
-    on_cpu = Requests(2, 4, 2, 4096, *(getattr(requests, n).cpu() for n in ("query_start_loc", "seq_lens", "block_table")))
+    on_cpu = Requests(
+        2, 4, 2, 4096, *(getattr(requests, n).cpu() for n in ("query_start_loc", "seq_lens", "block_table"))
+    )
     torch_path.decode(c, Bases(*(x.cpu() for x in b)), step.query.cpu(), cache, on_cpu, expected)
     assert (got.cpu() - expected).abs().max() < 0.01 * expected.abs().max()
 
@@ -209,7 +213,11 @@ def test_the_reservation_covers_every_step(monkeypatch: pytest.MonkeyPatch) -> N
     cache = torch.empty(1, KV_HEADS, BLOCK, 64, dtype=torch.uint8)
     for reqs in range(1, 41):
         tokens = min(reqs * 3, 64)
-        triton_path.decode(c, b, torch.empty(tokens, HEADS, DIM), cache, Requests(reqs, tokens, 3, 100_000, none, none, none), none)
-    triton_path._attend_codes(c, b, torch.empty(64, HEADS, DIM), cache, Requests(1, 64, 64, 9, none, none, none), none, 1, False)
+        triton_path.decode(
+            c, b, torch.empty(tokens, HEADS, DIM), cache, Requests(reqs, tokens, 3, 100_000, none, none, none), none
+        )
+    triton_path._attend_codes(
+        c, b, torch.empty(64, HEADS, DIM), cache, Requests(1, 64, 64, 9, none, none, none), none, 1, False
+    )
     assert len(reserved) == 1 and max(asked) <= reserved[0]
     assert reserved[0] < 4 << 20  # bounded by the batch, not by the context

@@ -135,6 +135,13 @@ def test_batch_invariance_devices_and_dtype() -> None:
     refusals.check_engine(engine(model_config__dtype=torch.float32), False, "cpu")
 
 
+def test_exact_prefill_needs_a_head_that_flash_attention_takes() -> None:
+    with pytest.raises(KVSpliceError, match="exact prefill at head_dim 512.*prefill latent"):
+        refusals.check_prefill("exact", 512, "cuda")
+    for arguments in (("latent", 512, "cuda"), ("exact", 512, "cpu"), ("exact", 256, "cuda")):
+        refusals.check_prefill(*arguments)
+
+
 def test_the_refusals_read_names_that_this_vllm_has(config: VllmConfig) -> None:
     from vllm.config import ModelConfig
 

@@ -255,6 +255,6 @@ def test_an_interrupt_ends_the_engine_and_its_children(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         vllm_engine.start(Job({}, [], [], 1, str(tmp_path / "x")), "baseline")
     monkeypatch.undo()
-    from vllm_kvsplice.server import group_members
+    from vllm_kvsplice.processes import group_members
 
     assert started[0].returncode is not None and not group_members(started[0].pid)

@@ -31,6 +31,8 @@ CASES = {
     "wide-fp16-80": (80, [(16, 40), (8, 40)], [(16, 40), (2, 40)], torch.float16, 1, 48, None, 512),
 }
 
+MAIN = ("near-lossless-128", "int8-64")  # in every architecture and with speculative tokens
+
 
 class Launch(NamedTuple):
     """A recorded launch."""
@@ -93,7 +95,7 @@ def launches_of(name: str) -> Iterator[tuple[str, Launch]]:
         x, slots = torch.empty(T, H, head_dim, dtype=wide), torch.empty(T, dtype=torch.int64)
         args = (x, x, cache, slots, encode[0], mean, encode[1], mean, *plans, wide)
         yield from named(f"T={T}", record(lambda args=args: cache_write.cache_write(*args)))
-    for T, max_query_len, splits in ((B, 1, 16), (512, 4, 2), (1024, 1024, 1)):
+    for T, max_query_len, splits in ((B, 1, 16), (512, 4, 2), (1024, 1024, 1))[:: 1 if name in MAIN else 2]:
         q = torch.empty(T, H * group, head_dim, dtype=wide)
         args = (q, cache, *plans, decode[0], mean, decode[1], mean, table, lens, starts, 0.1, q, max_query_len, splits)
         options = dict(sliding_window=window, soft_cap=soft_cap, wide_dtype=wide)
@@ -165,15 +167,16 @@ def main() -> int:
     return 1 if sum(compile_all(arch, args.case or list(CASES)) for arch in args.arch or ARCHS) else 0
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "arch"), [(case, arch) for case in CASES for arch in (ARCHS if case in MAIN else (90,))]
+)
 def test_compiles(case: str, arch: int) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, __file__, "--case", case, "--arch", str(arch)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("registers") >= 14, done.stdout
+    assert done.stdout.count("registers") == (14 if case in MAIN else 11), done.stdout
 
 
 if __name__ == "__main__":

@@ -67,6 +67,12 @@ def test_seven_billion_shape(shape_only):
     assert caches["bfloat16"]["users"] == int(free / 57_344 / 4096)
 
 
+def test_an_estimate_is_near_a_measured_engine(shape_only):
+    """vLLM 0.32 on one H200 (139.8 GiB), gpu_memory_utilization 0.9, bfloat16: 2.03 million tokens."""
+    result = plan.run(PlanRequest(shape_only(), gpu_memory=139.8, context=4096))
+    assert result["caches"]["bfloat16"]["tokens"] == pytest.approx(2.03e6, rel=0.02)
+
+
 def test_tensor_parallel_splits_weights_and_heads(shape_only):
     model = shape_only()
     one, two, eight = (plan.run(PlanRequest(model, 80, 1000, tp=tp)) for tp in (1, 2, 8))

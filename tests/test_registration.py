@@ -52,7 +52,9 @@ def test_the_entry_point_is_installed() -> None:
     assert entry.load() is vllm_kvsplice.register
 
 
-def test_register_logs_and_returns_whatever_happens(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_register_logs_and_returns_whatever_happens(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def fail() -> None:
         raise ImportError("no such name in this vLLM")
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.server import Capacity, Server, group_members, parse_capacity
+from vllm_kvsplice.processes import group_members
+from vllm_kvsplice.server import Capacity, Server, parse_capacity
 from vllm_kvsplice.signals import deferred_signals
 
 METRICS = (

@@ -133,7 +133,9 @@ def find_layer(vllm_config: Any, impl: object) -> tuple[str, Any]:
     for name, layer in attention_layers(vllm_config).items():
         if getattr(layer, "impl", None) is impl:
             return name, layer
-    raise KVSpliceError("kvsplice was built for an attention layer that vLLM did not register: report the model's name.")
+    raise KVSpliceError(
+        "kvsplice was built for an attention layer that vLLM did not register: report the model's name."
+    )
 
 
 def _buffer(side: str, part: str) -> str:

@@ -76,8 +76,8 @@ def _calibrate_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--v-bits", type=int, metavar="N", help="V in one tier of 16, 8, 4 or 2 bits")
     command.add_argument("--k-bits", type=int, metavar="N", help="K in one tier of 16, 8, 4 or 2 bits")
     for side, aware in (("k", "query-aware"), ("v", "output-aware")):
-        text = f"what a lost dimension of {side.upper()} costs (default: the preset's)"
-        command.add_argument(f"--metric-{side}", choices=(aware, "plain"), help=text)
+        cost = f"what a lost dimension of {side.upper()} costs (default: the preset's)"
+        command.add_argument(f"--metric-{side}", choices=(aware, "plain"), help=cost)
     command.add_argument(
         "--equalise",
         choices=("gamma", "rotate", "sigma", "none"),

@@ -113,7 +113,7 @@ def cut_windows(ids: Sequence[int], prefix: Sequence[int], seq_len: int, count: 
 def choose_seq_len(config: Any, wanted: int | None) -> int:
     """The window length: min(2048, what the model can hold) unless given. One position is left for the token that a
     server generates after a prompt. Raises KVSpliceError if the model cannot hold it."""
-    longest = config.get_text_config().max_position_embeddings - 1
+    longest = getattr(config.get_text_config(), "max_position_embeddings", DEFAULT_SEQ_LEN + 1) - 1
     if wanted is None:
         return min(DEFAULT_SEQ_LEN, longest)
     if not 2 <= wanted <= longest:
@@ -125,10 +125,21 @@ def choose_seq_len(config: Any, wanted: int | None) -> int:
 
 def load_config(model: str) -> tuple[Any, Any]:
     """Config and tokenizer of a Hugging Face id or a folder; raises KVSpliceError if there is no such model."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
+    return read_config(model), _read(AutoTokenizer, model)
+
+
+def read_config(model: str) -> Any:
+    """The transformers config of a Hugging Face id or a folder; raises KVSpliceError if there is no such model."""
+    from transformers import AutoConfig
+
+    return _read(AutoConfig, model)
+
+
+def _read(kind: Any, model: str) -> Any:
     try:
-        return AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+        return kind.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise KVSpliceError(

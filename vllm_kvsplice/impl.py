@@ -47,6 +47,7 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         refusals.check_layer(head_size, alibi_slopes, kv_cache_dtype, attn_type, extra)
         refusals.check_engine(self.vllm_config, batch_invariant(), current_platform.device_type)
         self.settings = read_settings(self.vllm_config.additional_config)
+        refusals.check_prefill(self.settings.prefill, head_size, current_platform.device_type)
         if self.settings.projector is None and self.vllm_config.model_config is not None:
             projector_source.check_beside(self.vllm_config.model_config.model)
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
@@ -64,10 +65,11 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         name, layer = attention_layer.find_layer(self.vllm_config, self)
         attention_layer.check_kind(name, layer)
         model = self.vllm_config.model_config
-        projector = projector_source.for_engine(self.settings.projector, model.model, model.revision)
+        tp_rank, tp_size = tensor_parallel()
+        projector = projector_source.for_engine(self.settings.projector, model.model, model.revision, tp_rank == 0)
         if projector is not None:
             projector.verify(model.hf_text_config)
-        heads = attention_layer.local_kv_heads(model.get_total_num_kv_heads(), *tensor_parallel())
+        heads = attention_layer.local_kv_heads(model.get_total_num_kv_heads(), tp_rank, tp_size)
         found = attention_layer.projector_layer(
             projector, self.kv_sharing_target_layer_name or name, self.head_size, self.num_kv_heads, heads
         )
@@ -110,7 +112,9 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
     ) -> Tensor:
         """Attend; rows of ``output`` beyond the step's tokens are left alone. No metadata: a profiling run."""
         if output_scale is not None or output_block_scale is not None:
-            raise KVSpliceError("kvsplice does not support fused output quantisation: serve without that compilation pass.")
+            raise KVSpliceError(
+                "kvsplice does not support fused output quantisation: serve without that compilation pass."
+            )
         if attn_metadata is None:
             return output.fill_(0)
         codec, bases = self._codec(), bases_of(layer)

@@ -130,7 +130,7 @@ class LatentLayout:
 
     def to_json(self) -> dict[str, object]:
         """Plain JSON form; ``from_json`` reads it back."""
-        return {"head_dim": self.head_dim} | {s: [[t.bits, t.dims] for t in self.tiers(s)] for s in ("k", "v")}  # type: ignore[arg-type]
+        return {"head_dim": self.head_dim} | {s: [[t.bits, t.dims] for t in self.tiers(s)] for s in ("k", "v")}
 
     @classmethod
     def from_json(cls, data: object) -> LatentLayout:
@@ -149,7 +149,7 @@ class LatentLayout:
             ) from None
 
     def __str__(self) -> str:
-        return " ".join(f"{s.upper()} " + "+".join(f"{t.dims}x{t.bits}" for t in self.tiers(s)) for s in ("k", "v"))  # type: ignore[arg-type]
+        return " ".join(f"{s.upper()} " + "+".join(f"{t.dims}x{t.bits}" for t in self.tiers(s)) for s in ("k", "v"))
 
 
 def dense_bytes(head_dim: int, dtype_bytes: int = 2) -> int:
@@ -169,7 +169,7 @@ def ratios(layouts: Iterable[LatentLayout], dtype_bytes: int = 2) -> Ratios:
     """All-in compression over layers with equal head counts: dense bytes over stored bytes for K, V and K+V."""
     layouts = list(layouts)
     dense = sum(dense_bytes(layout.head_dim, dtype_bytes) for layout in layouts)
-    k, v = (sum(layout.side_bytes(s) for layout in layouts) for s in ("k", "v"))  # type: ignore[arg-type]
+    k, v = (sum(layout.side_bytes(s) for layout in layouts) for s in ("k", "v"))
     return Ratios(dense / k, dense / v, 2 * dense / (k + v))
 
 

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kvsplice.errors import KVSpliceError
+from vllm_kvsplice.evaluate import read_config
 from vllm_kvsplice.fingerprint import ModelShape, model_shape
 from vllm_kvsplice.inspect_file import served_layouts, summary
 from vllm_kvsplice.layout import dense_bytes
+from vllm_kvsplice.projector import FILE_NAME, Projector
+from vllm_kvsplice.projector_source import locate
 from vllm_kvsplice.results import table
 
 GIB = 2**30
@@ -49,10 +52,7 @@ class PlanRequest:
 
 def run(request: PlanRequest) -> dict[str, Any]:
     """Count weights, cache bytes, tokens and users; raises KVSpliceError on a bad model, projector or request."""
-    from vllm_kvsplice.projector import Projector
-    from vllm_kvsplice.projector_source import locate
-
-    config = _load_config(request.model)
+    config = read_config(request.model)
     text = config.get_text_config()
     windows = layer_windows(text)
     shape = model_shape(config)
@@ -133,7 +133,7 @@ def count_weights(model: str, config: Any, dtype_bytes: int | None = None) -> tu
         dtype_bytes: bytes per parameter to serve with; None is the checkpoint's own.
     """
     files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
-    sizes = [size for file in files if file.name != "kvsplice.safetensors" for size in _tensors(file)]
+    sizes = [size for file in files if file.name != FILE_NAME for size in _tensors(file)]
     if not sizes:
         parameters = _meta_parameters(config)
         return parameters, parameters * (dtype_bytes or _dtype("auto", config)[1])
@@ -206,9 +206,3 @@ def _dtype(wanted: str, config: Any) -> tuple[str, int]:
     if name not in DTYPE_BYTES:
         raise KVSpliceError(f"dtype {name!r} is not known: expected auto, {', '.join(DTYPE_BYTES)}.")
     return name, DTYPE_BYTES[name]
-
-
-def _load_config(model: str) -> Any:
-    from vllm_kvsplice.evaluate import load_config
-
-    return load_config(model)[0]

@@ -19,11 +19,16 @@ logger = logging.getLogger("vllm.kvsplice")
 
 
 @lru_cache(maxsize=1)
-def for_engine(setting: str | None, model: str, revision: str | None) -> Projector | None:
-    """The projector that ``locate`` finds, read once for all layers of a load; ``forget`` frees it. None: the default."""
+def for_engine(setting: str | None, model: str, revision: str | None, log: bool = True) -> Projector | None:
+    """The projector that ``locate`` finds, read once for all layers of a load; ``forget`` frees it. None: the default.
+
+    ``log``: say which, once; for one worker of an engine.
+    """
+    level = logging.INFO if log else logging.DEBUG
     path = locate(setting, model, revision)
     if path is None:
-        logger.info(
+        logger.log(
+            level,
             "kvsplice: no projector (no setting, no %s beside the weights): K and V are rotated int8, near lossless. For a "
             "smaller cache: `kvsplice calibrate %s --out FILE`, then --additional-config.kvsplice.projector FILE",
             FILE_NAME,
@@ -31,7 +36,7 @@ def for_engine(setting: str | None, model: str, revision: str | None) -> Project
         )
         return None
     projector = Projector.load(path)
-    logger.info("kvsplice: projector %s (preset %s)", path, projector.metadata.preset)
+    logger.log(level, "kvsplice: projector %s (preset %s)", path, projector.metadata.preset)
     return projector
 
 

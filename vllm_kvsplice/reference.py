@@ -65,7 +65,7 @@ def quantize(z: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
     low, high = z.amin(-1), z.amax(-1)
     middle, half = (low + high) / 2, (high - low) / 2
     count, step = CLIP_SEARCH[bits]
-    best = None
+    best: tuple[Tensor, ...] | None = None
     for i in range(count):
         shrunk = half * (1.0 - i * step)
         scale, zero = _to_fp16(2.0 * shrunk / top), _to_fp16(middle - shrunk)

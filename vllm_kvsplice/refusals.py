@@ -7,17 +7,18 @@ CUDA too. So the implementation's constructor asks here, on every platform.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.layout import BLOCK_MULTIPLE, MAX_HEAD_DIM, TIER_MULTIPLE
 
+FLASH_HEAD_DIM = 256  # FlashAttention's largest on the GPUs that run these kernels
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 
 
-def _refuse(what: str, instead: str = "serve this model without --attention-backend kvsplice") -> None:
+def _refuse(what: str, instead: str = "serve this model without --attention-backend kvsplice") -> NoReturn:
     raise KVSpliceError(f"kvsplice does not support {what}: {instead}.")
 
 
@@ -67,6 +68,12 @@ def check_engine(config: Any, batch_invariant: bool, device_type: str) -> None:
         _refuse(f"block size {cache.block_size}", f"use --block-size with a multiple of {BLOCK_MULTIPLE}")
     if model is not None:
         _check_model(model, device_type)
+
+
+def check_prefill(prefill: str, head_dim: int, device_type: str) -> None:
+    """Refuse exact prefill where there is no kernel for it."""
+    if prefill == "exact" and device_type == "cuda" and head_dim > FLASH_HEAD_DIM:
+        _refuse(f"exact prefill at head_dim {head_dim}", "use --additional-config.kvsplice.prefill latent")
 
 
 def _check_model(model: Any, device_type: str) -> None:

@@ -79,13 +79,9 @@ def write_json(result: dict[str, Any], path: str) -> None:
 
 def check_writable(path: str) -> None:
     """Raise KVSpliceError, before the work rather than after it, if a file cannot be written."""
-    try:
-        with Path(path).open("a"):
-            pass
-    except OSError as error:
-        raise KVSpliceError(
-            f"{path} cannot be written ({error.strerror}): give --json a file in a folder that exists."
-        ) from None
+    place = Path(path)
+    if place.is_dir() or not os.access(place if place.exists() else place.parent, os.W_OK):
+        raise KVSpliceError(f"{path} cannot be written: give --json a file in a folder that exists.")
 
 
 def to_json(result: dict[str, Any]) -> str:
@@ -123,14 +119,17 @@ def eval_table(result: dict[str, Any]) -> str:
         "",
         table(rows),
         "",
-        f"KLD {_nats(result['kld'])} nats ({result['kld_statistic']}); on the top {result['topk']} and a rest bucket {_nats(result['kld_topk'])}",
+        f"KLD {result['kld']:.6f} nats over {_support(result)}",
         f"same most likely token {100 * result['top1']:.2f} % of {result['tokens']:,} tokens",
     ]
     return "\n".join(lines)
 
 
-def _nats(value: float) -> str:
-    return "not measured" if math.isnan(value) else f"{value:.6f}"
+def _support(result: dict[str, Any]) -> str:
+    few = f"the top {result['topk']} tokens and a bucket of the rest"
+    if result["engine"] == "vllm":
+        return f"{few}, a lower bound of the full one"
+    return f"the full vocabulary, {result['kld_topk']:.6f} over {few}"
 
 
 def _cpu_model() -> str:

@@ -7,11 +7,9 @@ Every process of the server shares one process group that is its own, so that st
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -26,6 +24,7 @@ from types import TracebackType
 
 from vllm_kvsplice import cpu_metadata
 from vllm_kvsplice.errors import KVSpliceError
+from vllm_kvsplice.processes import stop_group
 from vllm_kvsplice.signals import deferred_signals
 
 Progress = Callable[[float, str], None]
@@ -114,7 +113,7 @@ class Server:
         with deferred_signals():
             process, self._process = self._process, None
             if process is not None:
-                _stop_group(process, READY_GRACE_S if self._ready else STARTING_GRACE_S)
+                stop_group(process, READY_GRACE_S if self._ready else STARTING_GRACE_S)
             if self._scratch is not None:
                 self._scratch.cleanup()
                 self._scratch = None
@@ -223,67 +222,6 @@ def parse_capacity(metrics: str) -> Capacity:
         raise KVSpliceError(
             f"vllm:cache_config_info lacks a cache size ({error}): this needs vLLM 0.32 or 0.33"
         ) from error
-
-
-def group_members(group: int) -> list[int]:
-    """Process ids in a process group, zombies left out (their parent may never reap them); Linux."""
-    members = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            stat = (entry / "stat").read_text()
-        except OSError:  # it ended meanwhile
-            continue
-        state, _, process_group = stat[stat.rindex(")") + 2 :].split()[:3]
-        if int(process_group) == group and state not in "ZX":
-            members.append(int(entry.name))
-    return members
-
-
-def _stop_group(process: subprocess.Popen[bytes], grace_s: float) -> None:
-    group = process.pid  # start_new_session made it the leader
-
-    def is_empty() -> bool:
-        process.poll()  # reaps the leader
-        return not group_members(group)
-
-    if process.poll() is None:
-        process.terminate()
-        _wait_for(lambda: process.poll() is not None, grace_s)
-    _wait_for(is_empty, 1.0)
-    _signal(group_members(group), signal.SIGTERM)
-    _wait_for(is_empty, 3.0)
-    # Python's resource tracker ends by itself after the others, and frees their shared memory only if it may.
-    _signal([pid for pid in group_members(group) if not _is_resource_tracker(pid)], signal.SIGKILL)
-    _wait_for(is_empty, 3.0)
-    _signal(group_members(group), signal.SIGKILL)
-    if not _wait_for(is_empty, 5.0):
-        raise KVSpliceError(
-            f"vllm serve left processes {group_members(group)} that SIGKILL did not end: check them with ps"
-        )
-
-
-def _is_resource_tracker(pid: int) -> bool:
-    try:
-        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
-
-
-def _signal(pids: Sequence[int], signum: int) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signum)
-
-
-def _wait_for(done: Callable[[], bool], patience_s: float) -> bool:
-    deadline = time.monotonic() + patience_s
-    while not done():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def _free_port() -> int:

@@ -42,9 +42,18 @@ def reserve(vllm_config: VllmConfig, path: ModuleType, codec: LayerCodec, device
     )
 
 
-def announce(vllm_config: VllmConfig, layer_names: list[str]) -> None:
-    """Log the gain once per engine: by the builder whose group holds our first layer, on the first rank."""
+def prepare(vllm_config: VllmConfig, layer_names: list[str], device: torch.device) -> None:
+    """Before the first step of a group of layers; the second reservation finds the first one's memory."""
     layers = attention_layers(vllm_config)
+    for name in layer_names:
+        impl = layers[name].impl
+        if device.type == "cuda" and isinstance(_codec(layers[name]), LayerCodec):
+            reserve(vllm_config, impl.path, impl.codec, device)
+    _announce(layers, layer_names)
+
+
+def _announce(layers: dict[str, Any], layer_names: list[str]) -> None:
+    """Log the gain once per engine: by the builder whose group holds our first layer, on the first rank."""
     ours = [name for name, layer in layers.items() if isinstance(_codec(layer), LayerCodec)]
     if not ours or ours[0] not in layer_names or tensor_parallel()[0] != 0:
         return
@@ -70,7 +79,7 @@ def summary(facts: list[LayerFacts], active: int, total: int) -> str:
     heads = sum(f.num_kv_heads for f in facts)
     sides = {
         side: sum(dense_bytes(f.head_dim, f.dtype_bytes) * f.num_kv_heads for f in packed)
-        / sum(f.layout.side_bytes(side) * f.num_kv_heads for f in packed if f.layout)  # type: ignore[arg-type]
+        / sum(f.layout.side_bytes(side) * f.num_kv_heads for f in packed if f.layout)
         for side in ("v", "k")
     }
     padding = sum((f.cell_bytes - f.layout.bytes_per_token_head) * f.num_kv_heads for f in packed if f.layout)

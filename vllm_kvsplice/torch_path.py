@@ -81,7 +81,7 @@ def fresh_attention(codec: LayerCodec, query: Tensor, key: Tensor, value: Tensor
     """Causal attention of one whole sequence [T, heads, head_dim] over its own keys and values, uncompressed."""
     T = query.shape[0]
     q, k, v = (x.transpose(0, 1) for x in (query, key, value))
-    if not codec.soft_cap and not (codec.sliding_window and T > codec.sliding_window):
+    if not codec.soft_cap and not (codec.sliding_window and codec.sliding_window < T):
         out = scaled_dot_product_attention(
             q[None], k[None], v[None], is_causal=True, scale=codec.scale, enable_gqa=True
         )

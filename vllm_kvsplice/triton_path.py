@@ -92,7 +92,9 @@ def fresh_attention(
     )
 
 
-def reserve(codec: LayerCodec, max_num_seqs: int, decode_query_len: int, max_tokens: int, max_seq_len: int, device: torch.device) -> None:
+def reserve(
+    codec: LayerCodec, max_num_seqs: int, decode_query_len: int, max_tokens: int, max_seq_len: int, device: torch.device
+) -> None:
     """Let vLLM's workspace grow now to the most that any step will ask for; it is locked once graphs are captured."""
     wanted = [_shapes(codec, max_tokens, 1)]
     for num_reqs in range(1, max_num_seqs + 1):
