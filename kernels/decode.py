@@ -298,9 +298,14 @@ def decode_kernel(
 
 
 # ---------------------------------------------------------------- launcher
-def query_tile(group: int, max_query_len: int) -> tuple[int, int]:
-    """(query tokens of a tile, rows of its dot): as many tokens as fill 64 rows, no more than a request has."""
-    tokens = min(max_query_len, max(1, 64 // group))
+def query_tile(group: int, max_query_len: int, ranks: int) -> tuple[int, int]:
+    """(query tokens of a tile, rows of its dot): as many tokens as fill 64 rows, no more than a request has.
+
+    16 rows where K and V have more than 256 latent dimensions together: there the 64-row program that Triton 3.6 makes
+    for sm_90 attends wrongly (tests/gpu_check.py, prefill-256, H200, 2026-11-24); the 16-row one is right.
+    """
+    rows = 64 if ranks <= 256 else 16
+    tokens = min(max_query_len, max(1, rows // group))
     return tokens, max(16, triton.next_power_of_2(tokens * group))
 
 
@@ -352,7 +357,7 @@ def decode(
         raise ValueError(f"q_latent: expected a multiple of {H} heads, got {num_heads}")
     if T == 0 or num_reqs == 0:
         return
-    tile_tokens, rows = query_tile(num_heads // H, max_query_len)
+    tile_tokens, rows = query_tile(num_heads // H, max_query_len, k_rank + v_rank)
     tiles = num_query_tiles(T, num_reqs, max_query_len, tile_tokens)
     decode_kernel[(tiles * num_splits, H)](
         q_latent, q_bias, kv_cache, block_table, seq_lens, query_start_loc, latent, lse,

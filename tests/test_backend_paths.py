@@ -195,6 +195,11 @@ def test_triton_decodes_with_splits() -> None:
     assert (got.cpu() - expected).abs().max() < 0.01 * expected.abs().max()
 
 
+@pytest.mark.parametrize("changes", CASES[:3])
+def test_warming_up_launches_every_kernel_and_leaves_no_trace(changes: dict[str, Any]) -> None:
+    triton_path.warm_up(codec(**changes), 48, torch.bfloat16, DEVICE, 4, 40)
+
+
 def test_the_reservation_covers_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     reserved: list[int] = []

@@ -64,7 +64,7 @@ class KVSpliceMetadataBuilder(AttentionMetadataBuilder[KVSpliceMetadata]):
         projector_source.forget()
         from vllm_kvsplice import startup
 
-        startup.prepare(vllm_config, layer_names, device)
+        startup.prepare(vllm_config, layer_names, kv_cache_spec.block_size, device)
 
     @property
     def _decode_query_len(self) -> int:

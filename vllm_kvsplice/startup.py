@@ -42,13 +42,14 @@ def reserve(vllm_config: VllmConfig, path: ModuleType, codec: LayerCodec, device
     )
 
 
-def prepare(vllm_config: VllmConfig, layer_names: list[str], device: torch.device) -> None:
-    """Before the first step of a group of layers; the second reservation finds the first one's memory."""
+def prepare(vllm_config: VllmConfig, layer_names: list[str], block_size: int, device: torch.device) -> None:
+    """Before the first step of a group of layers: scratch again, where vLLM has a workspace only by now, and kernels."""
     layers = attention_layers(vllm_config)
-    for name in layer_names:
-        impl = layers[name].impl
-        if device.type == "cuda" and isinstance(_codec(layers[name]), LayerCodec):
-            reserve(vllm_config, impl.path, impl.codec, device)
+    if device.type == "cuda":
+        dtype, max_tokens = vllm_config.model_config.dtype, vllm_config.scheduler_config.max_num_batched_tokens
+        for codec, path in {_codec(layers[name]): layers[name].impl.path for name in layer_names}.items():
+            reserve(vllm_config, path, codec, device)
+            path.warm_up(codec, block_size, dtype, device, decode_query_len(vllm_config), max_tokens)
     _announce(layers, layer_names)
 
 

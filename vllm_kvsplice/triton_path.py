@@ -18,6 +18,7 @@ from vllm_kvsplice.attention_layer import Bases, LayerCodec
 from vllm_kvsplice.metadata import Prefills, Requests
 from vllm_kvsplice.vllm_compat import flash_attention, workspace
 
+LONG_STEP = 1024  # tokens: past the sizes at which the launchers change their tiles
 Shapes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
 
@@ -101,6 +102,32 @@ def reserve(
         splits = choose_num_splits(num_reqs, codec.num_kv_heads, max_seq_len, _multiprocessors(device))
         wanted.append(_shapes(codec, min(num_reqs * decode_query_len, max_tokens), splits))
     workspace(*max(wanted, key=lambda shapes: sum(-(-prod(shape) * 4 // 256) for shape, _ in shapes)))
+
+
+def warm_up(
+    codec: LayerCodec, block_size: int, dtype: torch.dtype, device: torch.device, decode_query_len: int, max_tokens: int
+) -> None:
+    """Compile every kernel for short and long steps now, rather than during the first requests; nothing is computed."""
+    D, cell = codec.layout.head_dim, codec.bytes_per_token_head
+    cache = torch.zeros(1, codec.num_kv_heads, block_size, cell, dtype=torch.uint8, device=device)
+    bases = _blank_bases(codec, device)
+    table, lens = torch.zeros(1, 1, dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    starts = torch.zeros(2, dtype=torch.int32, device=device)
+    for tokens in sorted({1, min(LONG_STEP, max_tokens)}):
+        query, key = (
+            torch.zeros(tokens, n, D, dtype=dtype, device=device) for n in (codec.num_heads, codec.num_kv_heads)
+        )
+        write(codec, bases, key, key, cache, torch.full((tokens,), -1, dtype=torch.int64, device=device))
+        for query_len, skip in ((decode_query_len, False), (LONG_STEP, False), (LONG_STEP, True)):
+            empty = Requests(1, 0, query_len, query_len, starts, lens, table)
+            _attend_codes(codec, bases, query, cache, empty, torch.empty_like(query), 1, skip)
+
+
+def _blank_bases(codec: LayerCodec, device: torch.device) -> Bases:
+    H, D = codec.num_kv_heads, codec.layout.head_dim
+    ranks = codec.layout.rank("k"), codec.layout.rank("v")
+    shapes = [shape for rank in ranks for shape in ((H, rank, D), (H, D, rank), (H, D))]
+    return Bases(*(torch.zeros(shape, device=device, dtype=torch.float32) for shape in shapes))
 
 
 def _attend_codes(
