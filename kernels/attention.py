@@ -8,11 +8,12 @@ nothing is allocated and nothing waits for the GPU, so that a CUDA graph can hol
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from kvsplice_kernels.decode import decode
 from kvsplice_kernels.plan import Plan
 from kvsplice_kernels.project_query import project_query
 from kvsplice_kernels.reduce_expand import reduce_expand
-from torch import Tensor
 
 
 class Workspace(NamedTuple):

@@ -8,6 +8,8 @@ reference.encode, quantize, pack and write_side.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from kvsplice_kernels.checks import check_cache, check_dense, check_floats, wide_type
 from kvsplice_kernels.packing import (
     CLIP_COUNT_2,
@@ -39,7 +41,6 @@ from kvsplice_kernels.plan import (
     tier_bits,
     zero_offset,
 )
-from torch import Tensor
 
 SMALL_STEP = 512  # tokens up to which programs take 16 rows each, to spread them over more of the GPU
 

@@ -13,6 +13,8 @@ https://pytorch.org/blog/flash-decoding/, with the exponent taken in base 2.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from kvsplice_kernels.checks import check_cache, check_dense, wide_type
 from kvsplice_kernels.packing import (
     dot,
@@ -39,7 +41,6 @@ from kvsplice_kernels.plan import (
     zero_offset,
 )
 from kvsplice_kernels.query_tiles import check_requests, find_tile, num_query_tiles, request_lens
-from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

@@ -9,6 +9,8 @@ x^ = scale * (D codes) + zero * (D 1) + mu.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from kvsplice_kernels.checks import check_cache, check_dense, check_floats, wide_type
 from kvsplice_kernels.packing import (
     dot,
@@ -24,7 +26,6 @@ from kvsplice_kernels.packing import (
 )
 from kvsplice_kernels.plan import Plan, num_chunks, num_parts, num_tiers, rank_of, tier_bits
 from kvsplice_kernels.query_tiles import check_requests
-from torch import Tensor
 
 BLOCK_M = 64
 

@@ -7,6 +7,7 @@ fp16 tiles. The meaning is reference.quantize, pack, unpack and dequantize.
 
 import triton
 import triton.language as tl
+
 from kvsplice_kernels.plan import (
     chunk_col,
     chunk_pad,

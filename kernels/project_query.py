@@ -6,9 +6,10 @@ In: the step's query and K's basis. Out: what decode reads. Meaning: reference.p
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from kvsplice_kernels.checks import check_dense, check_floats
 from kvsplice_kernels.packing import dot
-from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

@@ -6,10 +6,11 @@ In: (latent, lse) of decode. Out: the attention output in the model's dtype. Mea
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from kvsplice_kernels.checks import check_dense, check_floats
 from kvsplice_kernels.packing import dot, to_float
 from kvsplice_kernels.query_tiles import check_requests, find_tile, num_query_tiles, request_lens
-from torch import Tensor
 
 FEW_ROWS = 512  # query rows (tokens x heads) up to which one program takes one row, for the parallelism
 

@@ -57,4 +57,4 @@ fi
 say "kvsplice, editable, with its developer tools"
 # Without isolation: the setuptools that vLLM pins is already here, so nothing more is downloaded.
 pip install -qq --no-build-isolation --editable '.[dev]'
-"$venv/bin/python" -m vllm_kvsplice.cpu_metadata
+"$venv/bin/python" -m vllm_kvsplice.demo.cpu_metadata

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_kvsplice import reference
-from vllm_kvsplice.hf_attention import transformed_kv
-from vllm_kvsplice.layout import LatentLayout
-from vllm_kvsplice.projector import Basis, LayerProjector, Projector, build_metadata, default_layer
+from vllm_kvsplice.calibration.hf_attention import transformed_kv
+from vllm_kvsplice.codec import reference
+from vllm_kvsplice.codec.layout import LatentLayout
+from vllm_kvsplice.codec.projector import Basis, LayerProjector, Projector, build_metadata, default_layer
 
 VOCAB = 320
 COMMON = dict(vocab_size=VOCAB, hidden_size=256, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,

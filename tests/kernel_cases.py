@@ -54,8 +54,8 @@ with interpreter():
 
     from kvsplice_kernels import attention, cache_write, decode, fused_expand, packing, reduce_expand  # noqa: F401
 
-from vllm_kvsplice import reference  # noqa: E402
-from vllm_kvsplice.layout import LatentLayout  # noqa: E402
+from vllm_kvsplice.codec import reference  # noqa: E402
+from vllm_kvsplice.codec.layout import LatentLayout  # noqa: E402
 
 
 @dataclass(frozen=True)

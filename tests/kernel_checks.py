@@ -17,7 +17,7 @@ from kernel_cases import (
 )
 from torch import Tensor
 
-from vllm_kvsplice import reference
+from vllm_kvsplice.codec import reference
 
 
 def assert_within(out: Tensor, exact: Tensor, low: Tensor, eps: float, what: str) -> None:

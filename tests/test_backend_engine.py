@@ -18,8 +18,8 @@ pytest.importorskip("vllm")
 
 from engine_models import Served, assert_follows, job, kvsplice, make_model, prompts, random_projector, serve, simulate
 
-from vllm_kvsplice.layout import LatentLayout
-from vllm_kvsplice.projector import FILE_NAME, Projector
+from vllm_kvsplice.codec.layout import LatentLayout
+from vllm_kvsplice.codec.projector import FILE_NAME, Projector
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 # All tier widths, other ones in each layer.

@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 
 from engine_models import Served, job, kvsplice, make_model, prompts, random_projector, serve, simulate
 
-from vllm_kvsplice.layout import LatentLayout
+from vllm_kvsplice.codec.layout import LatentLayout
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine, pytest.mark.timeout(600)]
 LAYOUTS = [

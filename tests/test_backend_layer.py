@@ -14,12 +14,12 @@ pytest.importorskip("vllm")
 
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_kvsplice.attention_layer import Bases, attach, bases_of, cell_bytes, local_kv_heads, projector_layer
+from vllm_kvsplice.codec.layout import LatentLayout
+from vllm_kvsplice.codec.projector import Basis, LayerProjector, Projector, default_layer
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.layout import LatentLayout
-from vllm_kvsplice.metadata import KVSpliceMetadataBuilder
-from vllm_kvsplice.projector import Basis, LayerProjector, Projector, default_layer
-from vllm_kvsplice.startup import LayerFacts, summary
+from vllm_kvsplice.serving.attention_layer import Bases, attach, bases_of, cell_bytes, local_kv_heads, projector_layer
+from vllm_kvsplice.serving.metadata import KVSpliceMetadataBuilder
+from vllm_kvsplice.serving.startup import LayerFacts, summary
 
 A = LatentLayout.of(64, k=[(8, 16), (4, 48)], v=[(8, 16), (4, 48)])  # 46 + 46 bytes
 B = LatentLayout.of(64, k=[(16, 64)], v=[(4, 40), (0, 24)])  # 128 + 24
@@ -170,7 +170,7 @@ class FakeLayer(nn.Module):
 
     def __init__(self, window: int | None = None) -> None:
         super().__init__()
-        from vllm_kvsplice.backend import KVSpliceBackend
+        from vllm_kvsplice.serving.backend import KVSpliceBackend
 
         self.head_size = self.head_size_v = 64
         self.sliding_window, self.kv_cache_torch_dtype, self.attn_backend = window, torch.float32, KVSpliceBackend
@@ -181,7 +181,8 @@ class FakeLayer(nn.Module):
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Builds the layers of a model of two tensor-parallel ranks, the second being this one, and loads a projector."""
-    from vllm_kvsplice import attention_layer, impl, projector_source
+    from vllm_kvsplice.codec import projector_source
+    from vllm_kvsplice.serving import attention_layer, impl
 
     def loaded(layers: dict[str, FakeLayer], given: Projector, sharing: dict[str, str]) -> dict[str, FakeLayer]:
         model = SimpleNamespace(model="m", revision=None, hf_text_config=None, get_total_num_kv_heads=lambda: 4)

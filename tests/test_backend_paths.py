@@ -11,10 +11,10 @@ from torch import Tensor
 
 pytest.importorskip("vllm")
 
-from vllm_kvsplice import torch_path, triton_path
-from vllm_kvsplice.attention_layer import Bases, LayerCodec
-from vllm_kvsplice.layout import LatentLayout
-from vllm_kvsplice.metadata import Prefills, Requests
+from vllm_kvsplice.codec.layout import LatentLayout
+from vllm_kvsplice.serving import torch_path, triton_path
+from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec
+from vllm_kvsplice.serving.metadata import Prefills, Requests
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS, KV_HEADS, DIM, BLOCK = 4, 2, 32, 16

@@ -15,7 +15,7 @@ pytest.importorskip("vllm")
 
 from engine_models import assert_follows, job, kvsplice, make_model, prompts, random_projector, serve, simulate
 
-from vllm_kvsplice.layout import LatentLayout
+from vllm_kvsplice.codec.layout import LatentLayout
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 LAYOUTS = [
@@ -36,7 +36,7 @@ def make(folder: Path, kv_heads: int) -> tuple[Path, Path]:
 
 
 def test_a_spawned_engine_under_torch_compile(tmp_path: Path) -> None:
-    from vllm_kvsplice.projector import Projector
+    from vllm_kvsplice.codec.projector import Projector
 
     model, file = make(tmp_path, 2)
     compiled = job(model, GENERATE, enforce_eager=False, **kvsplice(file))
@@ -49,7 +49,7 @@ def test_a_spawned_engine_under_torch_compile(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kv_heads", [pytest.param(2, id="sliced-heads"), pytest.param(1, id="replicated-head")])
 def test_tensor_parallel_ranks_take_their_heads(tmp_path: Path, kv_heads: int) -> None:
-    from vllm_kvsplice.projector import Projector
+    from vllm_kvsplice.codec.projector import Projector
 
     model, file = make(tmp_path, kv_heads)
     (served,), log = serve(

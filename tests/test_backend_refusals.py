@@ -16,11 +16,11 @@ pytest.importorskip("vllm")
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.kv_cache_interface import AttentionSpec, ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
-from vllm_kvsplice import refusals
-from vllm_kvsplice.attention_layer import check_kind
-from vllm_kvsplice.backend import KVSpliceBackend, backend_with_bytes
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.impl import KVSpliceImpl
+from vllm_kvsplice.serving import refusals
+from vllm_kvsplice.serving.attention_layer import backend_with_bytes, check_kind
+from vllm_kvsplice.serving.backend import KVSpliceBackend
+from vllm_kvsplice.serving.impl import KVSpliceImpl
 
 
 @pytest.fixture(scope="module")

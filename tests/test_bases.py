@@ -4,8 +4,8 @@
 import pytest
 import torch
 
-from vllm_kvsplice import bases
-from vllm_kvsplice.bases import blend, hadamard, output_metric, principal, solve
+from vllm_kvsplice.codec import bases
+from vllm_kvsplice.codec.bases import blend, hadamard, output_metric, principal, solve
 
 F64 = torch.float64
 H = 2

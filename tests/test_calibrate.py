@@ -8,12 +8,13 @@ import pytest
 import torch
 from hf_models import FAMILIES, save, tiny, tokens
 
-from vllm_kvsplice import moments, reference
-from vllm_kvsplice.calibrate import CalibrateRequest, choose_seq_len, collect, run
+from vllm_kvsplice.calibration import moments
+from vllm_kvsplice.calibration.calibrate import CalibrateRequest, choose_seq_len, collect, run
+from vllm_kvsplice.calibration.hf_attention import load_model, transformed_kv
+from vllm_kvsplice.codec import reference
+from vllm_kvsplice.codec.layout import LatentLayout
+from vllm_kvsplice.codec.projector import Projector
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.hf_attention import load_model, transformed_kv
-from vllm_kvsplice.layout import LatentLayout
-from vllm_kvsplice.projector import Projector
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +188,7 @@ def test_numbers_that_are_not_finite_are_refused():
 
 
 def test_an_output_projection_of_another_name_is_refused_for_the_output_metric(request_of, monkeypatch):
-    monkeypatch.setattr("vllm_kvsplice.hf_attention.OUTPUT_NAMES", ("projection",))
+    monkeypatch.setattr("vllm_kvsplice.calibration.hf_attention.OUTPUT_NAMES", ("projection",))
     with pytest.raises(KVSpliceError, match="--metric-v plain"):
         run(request_of("odd"))
     assert run(request_of("odd", metric_v="plain")).layers

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 from hf_models import save
 
-from vllm_kvsplice import calibrate, cli, demo, evaluate, plan
+from vllm_kvsplice import cli
+from vllm_kvsplice.calibration import calibrate
+from vllm_kvsplice.demo import run as demo
 from vllm_kvsplice.errors import KVSpliceError
+from vllm_kvsplice.scoring import evaluate, plan
 
 COMMANDS = ("calibrate", "eval", "inspect", "plan", "demo", "version")
 

@@ -8,7 +8,7 @@ import kernel_checks as checks
 import pytest
 import torch
 
-from vllm_kvsplice import reference
+from vllm_kvsplice.codec import reference
 
 
 @pytest.mark.parametrize("name", cases.ATTENTION)

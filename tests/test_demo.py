@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from vllm_kvsplice import demo
-from vllm_kvsplice.demo_report import checks, print_report
+from vllm_kvsplice.demo import run as demo
+from vllm_kvsplice.demo.report import checks, print_report
 from vllm_kvsplice.errors import KVSpliceError
 
 MARK = "KVSPLICE_TEST_MARK"
@@ -136,7 +136,8 @@ def test_an_interrupt_while_a_server_starts_leaves_nothing(tmp_path, signum, sta
     fake.chmod(0o755)
     script = f"""
         import sys
-        from vllm_kvsplice import cli, demo
+        from vllm_kvsplice.demo import run as demo
+        from vllm_kvsplice import cli
         demo._calibrate = lambda model, work, console: work / "none"
         demo._score = lambda *arguments: {{}}
         sys.executable = {str(fake)!r}

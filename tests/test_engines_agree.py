@@ -11,14 +11,15 @@ from importlib.resources import files
 import pytest
 import torch
 
-from vllm_kvsplice import calibrate, evaluate, hf_engine
-from vllm_kvsplice.evaluate import EvalRequest, cut_windows
-from vllm_kvsplice.hf_attention import load_model
-from vllm_kvsplice.metrics import Scores, score_logits
-from vllm_kvsplice.texts import load_text
+from vllm_kvsplice.calibration import calibrate
+from vllm_kvsplice.calibration.hf_attention import load_model
+from vllm_kvsplice.calibration.texts import load_text
+from vllm_kvsplice.scoring import evaluate, hf_engine
+from vllm_kvsplice.scoring.evaluate import EvalRequest, cut_windows
+from vllm_kvsplice.scoring.metrics import Scores, score_logits
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
-MODEL = str(files("vllm_kvsplice") / "demo_model")
+MODEL = str(files("vllm_kvsplice") / "demo" / "model")
 SEQ_LEN, WINDOWS, TOPK, CACHE_GIB = 512, 3, 128, 0.125
 
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 from hf_models import VOCAB, save, tiny, tokens
 
-from vllm_kvsplice import evaluate, hf_engine, reference, results, vllm_engine
+from vllm_kvsplice.codec import reference
+from vllm_kvsplice.codec.layout import LatentLayout
+from vllm_kvsplice.codec.projector import Basis, LayerProjector, Projector, build_metadata, default_layer
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.evaluate import EvalRequest, choose_seq_len, cut_windows
-from vllm_kvsplice.layout import LatentLayout
-from vllm_kvsplice.needle import Needle
-from vllm_kvsplice.projector import Basis, LayerProjector, Projector, build_metadata, default_layer
-from vllm_kvsplice.vllm_worker import Job, window_file
+from vllm_kvsplice.scoring import evaluate, hf_engine, results, vllm_engine
+from vllm_kvsplice.scoring.evaluate import EvalRequest, choose_seq_len, cut_windows
+from vllm_kvsplice.scoring.needle import Needle
+from vllm_kvsplice.scoring.vllm_worker import Job, window_file
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +167,7 @@ def test_projector_beside_the_weights_is_found_and_another_models_refused(folder
 
 
 def test_builtin_text_to_score_on_shares_no_paragraph_with_the_one_to_calibrate_on():
-    from vllm_kvsplice.texts import load_text
+    from vllm_kvsplice.calibration.texts import load_text
 
     scored, calibrated = (load_text(held_out=h) for h in (True, False))
     assert scored.sha256 != calibrated.sha256 and len(scored.content) > 30_000
@@ -255,6 +256,6 @@ def test_an_interrupt_ends_the_engine_and_its_children(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         vllm_engine.start(Job({}, [], [], 1, str(tmp_path / "x")), "baseline")
     monkeypatch.undo()
-    from vllm_kvsplice.processes import group_members
+    from vllm_kvsplice.scoring.processes import group_members
 
     assert started[0].returncode is not None and not group_members(started[0].pid)

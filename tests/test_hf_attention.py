@@ -6,8 +6,8 @@ import torch
 from hf_models import FAMILIES, save, tiny, tokens
 from transformers import BloomConfig, BloomForCausalLM, GptOssConfig, GptOssForCausalLM, RwkvConfig, RwkvForCausalLM
 
+from vllm_kvsplice.calibration.hf_attention import load_model, output_weights, transformed_kv
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.hf_attention import load_model, output_weights, transformed_kv
 
 
 def same(layer_idx, q, k, v):

@@ -42,12 +42,12 @@ def test_there_are_kernels():
         # vLLM imports the package in every process of every user, to find register().
         ("vllm_kvsplice", "torch triton vllm transformers"),
         ("vllm_kvsplice.cli", "torch triton vllm transformers rich"),
-        ("vllm_kvsplice.layout", "torch triton vllm transformers"),
-        ("vllm_kvsplice.reference", "triton vllm transformers kvsplice_kernels"),
-        ("vllm_kvsplice.projector", "triton vllm transformers kvsplice_kernels"),
-        ("vllm_kvsplice.calibrate", "vllm kvsplice_kernels"),  # transformers loads triton by itself, late
-        ("vllm_kvsplice.evaluate", "triton vllm kvsplice_kernels"),
-        ("vllm_kvsplice.server", "torch triton vllm transformers"),
+        ("vllm_kvsplice.codec.layout", "torch triton vllm transformers"),
+        ("vllm_kvsplice.codec.reference", "triton vllm transformers kvsplice_kernels"),
+        ("vllm_kvsplice.codec.projector", "triton vllm transformers kvsplice_kernels"),
+        ("vllm_kvsplice.calibration.calibrate", "vllm kvsplice_kernels"),  # transformers loads triton by itself, late
+        ("vllm_kvsplice.scoring.evaluate", "triton vllm kvsplice_kernels"),
+        ("vllm_kvsplice.demo.server", "torch triton vllm transformers"),
     ],
 )
 def test_importing_a_module_does_not_load(module, forbidden):

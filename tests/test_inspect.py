@@ -3,12 +3,12 @@
 
 import pytest
 
-from vllm_kvsplice.bases import hadamard
+from vllm_kvsplice.codec.bases import hadamard
+from vllm_kvsplice.codec.fingerprint import ModelShape
+from vllm_kvsplice.codec.layout import LatentLayout
+from vllm_kvsplice.codec.projector import Basis, Calibration, LayerProjector, Metadata, Projector
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.fingerprint import ModelShape
-from vllm_kvsplice.inspect_file import describe, inspect, inspect_table, served_layouts, summary
-from vllm_kvsplice.layout import LatentLayout
-from vllm_kvsplice.projector import Basis, Calibration, LayerProjector, Metadata, Projector
+from vllm_kvsplice.scoring.inspect_file import describe, inspect, inspect_table, served_layouts, summary
 
 SHAPE = ModelShape(
     model_type="qwen2",

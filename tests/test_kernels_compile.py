@@ -78,8 +78,7 @@ class NoDevice:
 def launches_of(name: str) -> Iterator[tuple[str, Launch]]:
     """Launches of one case: a cache write, decode steps, speculative tokens, prefill over context, expansion."""
     from kvsplice_kernels import attention, cache_write, fused_expand
-
-    from vllm_kvsplice.layout import LatentLayout
+    from vllm_kvsplice.codec.layout import LatentLayout
 
     head_dim, k, v, wide, group, block_size, soft_cap, window = CASES[name]
     layout, H, B = LatentLayout.of(head_dim, k, v), 2, 4

@@ -3,8 +3,8 @@
 
 import pytest
 
+from vllm_kvsplice.codec.layout import LatentLayout, TierPlan, ratios
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.layout import LatentLayout, TierPlan, ratios
 
 NEAR_LOSSLESS = [(8, 32), (4, 96)]
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from vllm_kvsplice.metrics import REST_FLOOR, Scores, TopK, kl_rows, kl_topk_rows, score_logits, score_topk
+from vllm_kvsplice.scoring.metrics import REST_FLOOR, Scores, TopK, kl_rows, kl_topk_rows, score_logits, score_topk
 
 
 def pair(T=37, V=203, noise=0.3, scale=3.0):

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from vllm_kvsplice import moments
+from vllm_kvsplice.calibration import moments
 
 H, GROUP, D, T = 2, 3, 24, 37
 

@@ -7,12 +7,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.needle import NeedleTask, by_depth, fraction, make_samples
+from vllm_kvsplice.scoring.needle import NeedleTask, by_depth, fraction, make_samples
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(str(files("vllm_kvsplice") / "demo_model"))
+    return AutoTokenizer.from_pretrained(str(files("vllm_kvsplice") / "demo" / "model"))
 
 
 @pytest.fixture(scope="module")

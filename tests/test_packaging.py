@@ -63,8 +63,8 @@ def test_wheel_contents(wheel):
     assert tops == {"vllm_kvsplice", "kvsplice_kernels", "kvsplice_configs"}
     kernels = {f"kvsplice_kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     presets = {f"kvsplice_configs/{path.name}" for path in (ROOT / "configs").glob("*.toml")}
-    model = {f"vllm_kvsplice/demo_model/{path.name}" for path in (ROOT / "vllm_kvsplice/demo_model").iterdir()}
-    modules = {f"vllm_kvsplice/{path.name}" for path in (ROOT / "vllm_kvsplice").glob("*.py")}
+    model = {f"vllm_kvsplice/demo/model/{path.name}" for path in (ROOT / "vllm_kvsplice/demo/model").iterdir()}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "vllm_kvsplice").rglob("*.py")}
     assert kernels and presets and modules and len(model) == 7
     assert kernels | presets | model | modules == {name for name in names if ".dist-info" not in name}
     assert any(name.endswith("licenses/LICENSE") for name in names)
@@ -98,7 +98,7 @@ print(json.dumps({
     "package": vllm_kvsplice.__file__,
     "kernels": kvsplice_kernels.packing.__file__,
     "preset": (files("kvsplice_configs") / "near_lossless.toml").read_text(),
-    "model": (files("vllm_kvsplice") / "demo_model" / "model.safetensors").stat().st_size,
+    "model": (files("vllm_kvsplice") / "demo" / "model" / "model.safetensors").stat().st_size,
     "entry": entry.value,
     "same": entry.load() is vllm_kvsplice.register,
     "hugging_face_kernels": importlib.util.find_spec("kernels") is not None,
@@ -108,7 +108,7 @@ print(json.dumps({
     fresh = str(python.parents[1])
     assert found["package"].startswith(fresh) and found["kernels"].startswith(fresh)
     assert "bits" in found["preset"] or "tiers" in found["preset"]
-    assert found["model"] == (ROOT / "vllm_kvsplice/demo_model/model.safetensors").stat().st_size
+    assert found["model"] == (ROOT / "vllm_kvsplice/demo/model/model.safetensors").stat().st_size
     assert found["entry"] == "vllm_kvsplice:register" and found["same"]
     assert not found["hugging_face_kernels"]
 

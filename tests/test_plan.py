@@ -9,9 +9,9 @@ from hf_models import save, tiny
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from vllm_kvsplice import plan
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.plan import PlanRequest, capacity, count_weights, layer_windows, plan_table
+from vllm_kvsplice.scoring import plan
+from vllm_kvsplice.scoring.plan import PlanRequest, capacity, count_weights, layer_windows, plan_table
 
 QWEN_7B = dict(
     hidden_size=3584,

@@ -3,9 +3,9 @@
 
 import pytest
 
+from vllm_kvsplice.calibration.presets import TierShare, load_preset, preset_names, resolve, tier_dims
+from vllm_kvsplice.codec.layout import LatentLayout, ratios
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.layout import LatentLayout, ratios
-from vllm_kvsplice.presets import TierShare, load_preset, preset_names, resolve, tier_dims
 
 # preset, head_dim: K tiers, V tiers as (bits, dims), bytes per token and head
 TABLE = [

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from vllm_kvsplice.bases import hadamard
+from vllm_kvsplice.codec.bases import hadamard
+from vllm_kvsplice.codec.layout import LatentLayout
+from vllm_kvsplice.codec.projector import Basis, LayerProjector, Projector, build_metadata, default_layer
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.layout import LatentLayout
-from vllm_kvsplice.projector import Basis, LayerProjector, Projector, build_metadata, default_layer
 
 CONFIG = dict(model_type="qwen2", vocab_size=100, hidden_size=64, num_hidden_layers=3, num_attention_heads=4)
 LAYOUTS = {0: LatentLayout.of(32, [(8, 8), (4, 24)], [(8, 16), (0, 16)]), 2: LatentLayout.of(32, [(8, 32)], [(4, 32)])}

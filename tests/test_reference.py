@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vllm_kvsplice import reference
-from vllm_kvsplice.bases import hadamard
-from vllm_kvsplice.layout import LatentLayout
+from vllm_kvsplice.codec import reference
+from vllm_kvsplice.codec.bases import hadamard
+from vllm_kvsplice.codec.layout import LatentLayout
 
 F64 = torch.float64
 

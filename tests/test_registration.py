@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 import vllm_kvsplice
-from vllm_kvsplice import cpu_dispatch, registration
 from vllm_kvsplice.errors import KVSpliceError
+from vllm_kvsplice.serving import cpu_dispatch, registration
 
 pytest.importorskip("vllm")
 
@@ -98,7 +98,7 @@ def test_engines_that_did_not_choose_it_get_the_stock_class(registered: type, se
 
 
 def test_engines_that_chose_it_get_ours_and_are_told(registered: type, select, caplog, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    from vllm_kvsplice.backend import KVSpliceBackend
+    from vllm_kvsplice.serving.backend import KVSpliceBackend
 
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     select(registered.__members__["KVSPLICE"])
@@ -137,7 +137,7 @@ def test_other_versions_are_refused_by_name(version: str) -> None:
 def test_under_another_version_choosing_it_answers_with_our_sentence() -> None:
     code = """
 import vllm; vllm.__version__ = "0.40.1"
-from vllm_kvsplice import register; register(); register()
+from vllm_kvsplice import register; register(); register
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backends.registry import AttentionBackendEnum as E
 print(E.CPU_ATTN.get_class().get_name())

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from vllm_kvsplice.demo.server import Capacity, Server, parse_capacity
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.processes import group_members
-from vllm_kvsplice.server import Capacity, Server, parse_capacity
-from vllm_kvsplice.signals import deferred_signals
+from vllm_kvsplice.scoring.processes import group_members
+from vllm_kvsplice.scoring.signals import deferred_signals
 
 METRICS = (
     "# TYPE vllm:cache_config_info gauge\n"
@@ -131,8 +131,8 @@ def test_signals_stop_the_server(vllm_is, tmp_path, signum, code):
     script = f"""
         import sys, time
         from pathlib import Path
-        from vllm_kvsplice.server import Server
-        from vllm_kvsplice.signals import termination_as_exit
+        from vllm_kvsplice.demo.server import Server
+        from vllm_kvsplice.scoring.signals import termination_as_exit
         sys.executable = {sys.executable!r}
         try:
             with termination_as_exit(), Server("m", log=Path({str(tmp_path / "log")!r})) as server:
@@ -180,7 +180,7 @@ def test_deferred_signals_arrive_after_the_block():
 
 @pytest.mark.engine
 def test_stock_vllm_serves_the_demo_model(tmp_path):
-    model = files("vllm_kvsplice") / "demo_model"
+    model = files("vllm_kvsplice") / "demo" / "model"
     args = [
         "--enforce-eager",
         "--max-model-len",

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from vllm_kvsplice import projector_source
+from vllm_kvsplice.codec import projector_source
+from vllm_kvsplice.codec.projector import FILE_NAME, Projector, build_metadata, default_layer
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.projector import FILE_NAME, Projector, build_metadata, default_layer
-from vllm_kvsplice.settings import parse_settings, read_settings
+from vllm_kvsplice.serving.settings import parse_settings, read_settings
 
 
 class Config:

@@ -8,8 +8,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from vllm_kvsplice.calibration.texts import Text, load_text, prose, token_windows
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.texts import Text, load_text, prose, token_windows
 
 
 class Letters:

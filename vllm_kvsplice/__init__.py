@@ -11,7 +11,7 @@ def register() -> None:
     would stop vLLM for users who never chose kvsplice: so it imports late, is idempotent and never raises.
     """
     try:
-        from vllm_kvsplice.registration import register_with_vllm
+        from vllm_kvsplice.serving.registration import register_with_vllm
 
         register_with_vllm()
     except Exception as error:

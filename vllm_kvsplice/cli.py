@@ -168,7 +168,8 @@ def _json_object(text: str) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- subcommands
 def _calibrate(given: Given) -> int:
-    from vllm_kvsplice import calibrate, inspect_file
+    from vllm_kvsplice.calibration import calibrate
+    from vllm_kvsplice.scoring import inspect_file
 
     calibrate.run(calibrate.CalibrateRequest(**given))
     print(inspect_file.inspect_table(inspect_file.inspect(given["out"])))
@@ -176,7 +177,7 @@ def _calibrate(given: Given) -> int:
 
 
 def _eval(given: Given) -> int:
-    from vllm_kvsplice import evaluate, results
+    from vllm_kvsplice.scoring import evaluate, results
 
     out = given.pop("json")
     if out:
@@ -189,7 +190,7 @@ def _eval(given: Given) -> int:
 
 
 def _inspect(given: Given) -> int:
-    from vllm_kvsplice import inspect_file, results
+    from vllm_kvsplice.scoring import inspect_file, results
 
     facts = inspect_file.inspect(given["path"])
     print(results.to_json(facts) if given["json"] else inspect_file.inspect_table(facts))
@@ -197,7 +198,7 @@ def _inspect(given: Given) -> int:
 
 
 def _plan(given: Given) -> int:
-    from vllm_kvsplice import plan, results
+    from vllm_kvsplice.scoring import plan, results
 
     as_json = given.pop("json")
     result = plan.run(plan.PlanRequest(**given))
@@ -206,13 +207,13 @@ def _plan(given: Given) -> int:
 
 
 def _demo(given: Given) -> int:
-    from vllm_kvsplice import demo
+    from vllm_kvsplice.demo import run as demo
 
     return demo.run(demo.DemoRequest(**given))
 
 
 def _version(given: Given) -> int:
-    from vllm_kvsplice import results
+    from vllm_kvsplice.scoring import results
 
     print("\n".join(f"{name} {version}" for name, version in results.versions().items()))
     return 0

@@ -20,15 +20,17 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from vllm_kvsplice import __version__, bases, moments
+from vllm_kvsplice import __version__
+from vllm_kvsplice.calibration import moments
+from vllm_kvsplice.calibration.hf_attention import load_model, output_weights, transformed_kv
+from vllm_kvsplice.calibration.moments import Moments
+from vllm_kvsplice.calibration.presets import Recipe, SideRecipe, load_preset, resolve
+from vllm_kvsplice.calibration.texts import Text, load_text, token_windows
+from vllm_kvsplice.codec import bases
+from vllm_kvsplice.codec.fingerprint import ModelShape, model_shape
+from vllm_kvsplice.codec.layout import LatentLayout, Side
+from vllm_kvsplice.codec.projector import Basis, Calibration, LayerProjector, Metadata, Projector, build_metadata
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.fingerprint import ModelShape, model_shape
-from vllm_kvsplice.hf_attention import load_model, output_weights, transformed_kv
-from vllm_kvsplice.layout import LatentLayout, Side
-from vllm_kvsplice.moments import Moments
-from vllm_kvsplice.presets import Recipe, SideRecipe, load_preset, resolve
-from vllm_kvsplice.projector import Basis, Calibration, LayerProjector, Metadata, Projector, build_metadata
-from vllm_kvsplice.texts import Text, load_text, token_windows
 
 DEFAULT_SEQ_LEN = 2048
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_kvsplice.calibration.texts import special_prefix
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.texts import special_prefix
 
 TEMPLATE = " The magic number for {word} is {digits}. "
 QUESTION = "\n\nQuestion: What is the magic number for {word}? Answer: The magic number for {word} is"

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vllm_kvsplice.attention_layer import LayerCodec
-from vllm_kvsplice.layout import LatentLayout, dense_bytes
-from vllm_kvsplice.vllm_compat import VllmConfig, attention_layers, decode_query_len, tensor_parallel
+from vllm_kvsplice.codec.layout import LatentLayout, dense_bytes
+from vllm_kvsplice.serving.attention_layer import LayerCodec
+from vllm_kvsplice.serving.vllm_compat import VllmConfig, attention_layers, decode_query_len, tensor_parallel
 
 logger = logging.getLogger("vllm.kvsplice")
 

@@ -27,7 +27,7 @@ def __getattr__(name: str) -> Any:
         )
     import vllm
 
-    from vllm_kvsplice.registration import BACKEND, UNSUPPORTED, logger, version_refusal
+    from vllm_kvsplice.serving.registration import BACKEND, UNSUPPORTED, logger, version_refusal
 
     backend = _load(UNSUPPORTED if version_refusal(vllm.__version__) else BACKEND)
     logger.info(

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from vllm_kvsplice.codec.layout import BLOCK_MULTIPLE, MAX_HEAD_DIM, TIER_MULTIPLE
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.layout import BLOCK_MULTIPLE, MAX_HEAD_DIM, TIER_MULTIPLE
 
 FLASH_HEAD_DIM = 256  # FlashAttention's largest on the GPUs that run these kernels
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")

@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_kvsplice.bases import Equalise
+from vllm_kvsplice.codec.bases import Equalise
+from vllm_kvsplice.codec.layout import TIER_MULTIPLE, LatentLayout, Side
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.layout import TIER_MULTIPLE, LatentLayout, Side
 
 PACKAGE = "kvsplice_configs"
 OVERRIDE_BITS = (16, 8, 4, 2)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_kvsplice.layout import LatentLayout, Side, TierPlan
+from vllm_kvsplice.codec.layout import LatentLayout, Side, TierPlan
 
 # Clip candidates of 4- and 2-bit tiers: (count, step). The range of a token's codes is shrunk by 1, 1 - step, ... and
 # the one with the least squared error is kept. At 8 bits and more clipping never wins on rotated latents.

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from vllm_kvsplice import reference
-from vllm_kvsplice.attention_layer import Bases, LayerCodec
-from vllm_kvsplice.metadata import Prefills, Requests
+from vllm_kvsplice.codec import reference
+from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec
+from vllm_kvsplice.serving.metadata import Prefills, Requests
 
 QUERY_BLOCK = 256  # query rows attended at a time where SDPA has no form of the mask: bounds the logits' memory
 

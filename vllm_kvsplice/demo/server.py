@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from vllm_kvsplice import cpu_metadata
+from vllm_kvsplice.demo import cpu_metadata
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.processes import stop_group
-from vllm_kvsplice.signals import deferred_signals
+from vllm_kvsplice.scoring.processes import stop_group
+from vllm_kvsplice.scoring.signals import deferred_signals
 
 Progress = Callable[[float, str], None]
 

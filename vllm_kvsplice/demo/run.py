@@ -21,11 +21,11 @@ from typing import Any
 
 from rich.console import Console
 
-from vllm_kvsplice.demo_report import checks, print_report
-from vllm_kvsplice.demo_serve import Questions, Served, serve_and_ask
+from vllm_kvsplice.demo.report import checks, print_report
+from vllm_kvsplice.demo.serve import Questions, Served, serve_and_ask
+from vllm_kvsplice.demo.server import check_port, require_vllm
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.server import check_port, require_vllm
-from vllm_kvsplice.signals import deferred_signals, termination_as_exit
+from vllm_kvsplice.scoring.signals import deferred_signals, termination_as_exit
 
 PRESET = "near_lossless"
 TOKENS_STOCK = 32768  # the cache memory is what stock vLLM needs for so many
@@ -62,7 +62,7 @@ def run(request: DemoRequest, console: Console | None = None) -> int:
         result = _measure(model, request, work, console)
         failed = print_report(result, console)
         if request.json:
-            from vllm_kvsplice.results import write_json
+            from vllm_kvsplice.scoring.results import write_json
 
             write_json(result, request.json)
             console.print(f"written: {request.json}", highlight=False)
@@ -79,7 +79,7 @@ def _check(request: DemoRequest) -> None:
 
 
 def _measure(model: str, request: DemoRequest, work: Path, console: Console) -> dict[str, Any]:
-    from vllm_kvsplice.results import provenance
+    from vllm_kvsplice.scoring.results import provenance
 
     started = time.monotonic()
     calibration_text, scoring_text = split_topics()
@@ -87,6 +87,8 @@ def _measure(model: str, request: DemoRequest, work: Path, console: Console) -> 
     (work / "scoring.txt").write_text(scoring_text)
     projector = _calibrate(model, work, console)
     scores = _score(model, projector, work, console)
+    if request.model is None:  # its folder is of this machine
+        scores["model"] |= {"name": "bundled"}
     served, needle = _serve_both(model, projector, request.port, scoring_text, work, console)
     result = {
         "model": "bundled" if request.model is None else model,
@@ -103,7 +105,7 @@ def _measure(model: str, request: DemoRequest, work: Path, console: Console) -> 
 
 
 def _calibrate(model: str, work: Path, console: Console) -> Path:
-    from vllm_kvsplice import calibrate
+    from vllm_kvsplice.calibration import calibrate
 
     console.rule("1 calibrate")
     started = time.monotonic()
@@ -120,7 +122,7 @@ def _calibrate(model: str, work: Path, console: Console) -> Path:
 
 
 def _score(model: str, projector: Path, work: Path, console: Console) -> dict[str, Any]:
-    from vllm_kvsplice import evaluate
+    from vllm_kvsplice.scoring import evaluate
 
     console.rule("2 score on text that the calibration has not seen")
     started = time.monotonic()
@@ -167,10 +169,10 @@ def _serve_both(
 
 def _prepare(model: str, text: str) -> tuple[Questions, dict[str, str], int]:
     """The prompts, what the needle says, and the cache memory in bytes."""
-    from vllm_kvsplice.evaluate import load_config
-    from vllm_kvsplice.fingerprint import model_shape
-    from vllm_kvsplice.layout import dense_bytes
-    from vllm_kvsplice.needle import NeedleTask, make_samples
+    from vllm_kvsplice.codec.fingerprint import model_shape
+    from vllm_kvsplice.codec.layout import dense_bytes
+    from vllm_kvsplice.scoring.evaluate import load_config
+    from vllm_kvsplice.scoring.needle import NeedleTask, make_samples
 
     config, tokenizer = load_config(model)
     shape = model_shape(config)
@@ -187,7 +189,7 @@ def split_topics() -> tuple[str, str]:
     """Text for calibration and text for scoring, without a paragraph in common, from what every CPython carries."""
     from pydoc_data.topics import topics  # type: ignore[import-not-found, unused-ignore]
 
-    from vllm_kvsplice.texts import prose
+    from vllm_kvsplice.calibration.texts import prose
 
     names = sorted(topics)
     held_out = names[::HELD_OUT_EVERY]
@@ -202,7 +204,7 @@ def _model_folder(given: str | None) -> Iterator[str]:
     if given is not None:
         yield given
         return
-    with as_file(files("vllm_kvsplice") / "demo_model") as folder:
+    with as_file(files("vllm_kvsplice") / "demo" / "model") as folder:
         yield str(folder)
 
 

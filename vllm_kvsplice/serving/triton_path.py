@@ -10,13 +10,13 @@ from functools import lru_cache
 from math import prod
 
 import torch
-from kvsplice_kernels.attention import Workspace, choose_num_splits, paged_attention, workspace_shapes
-from kvsplice_kernels.cache_write import cache_write
 from torch import Tensor
 
-from vllm_kvsplice.attention_layer import Bases, LayerCodec
-from vllm_kvsplice.metadata import Prefills, Requests
-from vllm_kvsplice.vllm_compat import flash_attention, workspace
+from kvsplice_kernels.attention import Workspace, choose_num_splits, paged_attention, workspace_shapes
+from kvsplice_kernels.cache_write import cache_write
+from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec
+from vllm_kvsplice.serving.metadata import Prefills, Requests
+from vllm_kvsplice.serving.vllm_compat import flash_attention, workspace
 
 LONG_STEP = 1024  # tokens: past the sizes at which the launchers change their tiles
 Shapes = tuple[tuple[tuple[int, ...], torch.dtype], ...]

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_kvsplice.codec.fingerprint import ModelShape, model_shape
+from vllm_kvsplice.codec.layout import dense_bytes
+from vllm_kvsplice.codec.projector import FILE_NAME, Projector
+from vllm_kvsplice.codec.projector_source import locate
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.evaluate import read_config
-from vllm_kvsplice.fingerprint import ModelShape, model_shape
-from vllm_kvsplice.inspect_file import served_layouts, summary
-from vllm_kvsplice.layout import dense_bytes
-from vllm_kvsplice.projector import FILE_NAME, Projector
-from vllm_kvsplice.projector_source import locate
-from vllm_kvsplice.results import table
+from vllm_kvsplice.scoring.evaluate import read_config
+from vllm_kvsplice.scoring.inspect_file import served_layouts, summary
+from vllm_kvsplice.scoring.results import table
 
 GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

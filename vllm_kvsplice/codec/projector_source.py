@@ -7,8 +7,8 @@ import logging
 from functools import lru_cache
 from pathlib import Path
 
+from vllm_kvsplice.codec.projector import FILE_NAME, Projector
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.projector import FILE_NAME, Projector
 
 # Inside a model folder or repo, in this order. vLLM reads every *.safetensors at a model's top as weights, unless an index
 # lists the real ones; a folder below is out of its reach.

@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
 
+from vllm_kvsplice.codec.layout import BLOCK_MULTIPLE, MAX_HEAD_DIM, TIER_MULTIPLE
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.layout import BLOCK_MULTIPLE, MAX_HEAD_DIM, TIER_MULTIPLE
-from vllm_kvsplice.registration import NAME
-from vllm_kvsplice.vllm_compat import (
+from vllm_kvsplice.serving.registration import NAME
+from vllm_kvsplice.serving.vllm_compat import (
     AttentionBackend,
     AttentionSpec,
     AttentionType,
@@ -37,13 +36,13 @@ class KVSpliceBackend(AttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> type[Any]:
-        from vllm_kvsplice.impl import KVSpliceImpl
+        from vllm_kvsplice.serving.impl import KVSpliceImpl
 
         return KVSpliceImpl
 
     @staticmethod
     def get_builder_cls() -> type[Any]:
-        from vllm_kvsplice.metadata import KVSpliceMetadataBuilder
+        from vllm_kvsplice.serving.metadata import KVSpliceMetadataBuilder
 
         return KVSpliceMetadataBuilder
 
@@ -96,17 +95,3 @@ class KVSpliceBackend(AttentionBackend):
                 "not loaded: serve this model without --attention-backend kvsplice."
             )
         return replace(spec, dtype=torch.uint8, state_content_bytes=cls.bytes_per_token_head)
-
-
-def backend_with_bytes(current: type[KVSpliceBackend], bytes_per_token_head: int) -> type[KVSpliceBackend]:
-    """The class for a layer whose class is ``current``: it knows its page size, and layers of one size share it.
-
-    vLLM groups layers by class. After a weight reload ``current`` is such a class already.
-    """
-    return _sized(current if current.bytes_per_token_head is None else current.__bases__[0], bytes_per_token_head)
-
-
-@lru_cache(maxsize=256)
-def _sized(base: type[KVSpliceBackend], bytes_per_token_head: int) -> type[KVSpliceBackend]:
-    name = f"{base.__name__}{bytes_per_token_head}"
-    return type(name, (base,), {"bytes_per_token_head": bytes_per_token_head, "__module__": base.__module__})

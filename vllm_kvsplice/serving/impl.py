@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_kvsplice import attention_layer, projector_source, refusals, startup
-from vllm_kvsplice.attention_layer import LayerCodec, bases_of
-from vllm_kvsplice.backend import backend_with_bytes
+from vllm_kvsplice.codec import projector_source
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.metadata import KVSpliceMetadata
-from vllm_kvsplice.settings import read_settings
-from vllm_kvsplice.vllm_compat import (
+from vllm_kvsplice.serving import attention_layer, refusals, startup
+from vllm_kvsplice.serving.attention_layer import LayerCodec, bases_of
+from vllm_kvsplice.serving.metadata import KVSpliceMetadata
+from vllm_kvsplice.serving.settings import read_settings
+from vllm_kvsplice.serving.vllm_compat import (
     AttentionImpl,
     AttentionType,
     attention_layers,
@@ -87,7 +87,7 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
             self.soft_cap,
         )
         attention_layer.attach(layer, found, layer._k_scale.device)
-        layer.attn_backend = backend_with_bytes(layer.attn_backend, self.codec.bytes_per_token_head)
+        layer.attn_backend = attention_layer.backend_with_bytes(layer.attn_backend, self.codec.bytes_per_token_head)
         startup.reserve(self.vllm_config, self.path, self.codec, layer._k_scale.device)
 
     def do_kv_cache_update(
@@ -137,9 +137,9 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
 def _path() -> ModuleType:
     """torch on a CPU, Triton on CUDA; refusals.check_engine has turned other devices away."""
     if current_platform.device_type == "cpu":
-        from vllm_kvsplice import torch_path
+        from vllm_kvsplice.serving import torch_path
 
         return torch_path
-    from vllm_kvsplice import triton_path
+    from vllm_kvsplice.serving import triton_path
 
     return triton_path

@@ -30,12 +30,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.metrics import Scores, TopK, score_topk
-from vllm_kvsplice.needle import Needle
-from vllm_kvsplice.processes import group_members
-from vllm_kvsplice.results import Outcome
-from vllm_kvsplice.signals import deferred_signals
-from vllm_kvsplice.vllm_worker import Job, window_file
+from vllm_kvsplice.scoring.metrics import Scores, TopK, score_topk
+from vllm_kvsplice.scoring.needle import Needle
+from vllm_kvsplice.scoring.processes import group_members
+from vllm_kvsplice.scoring.results import Outcome
+from vllm_kvsplice.scoring.signals import deferred_signals
+from vllm_kvsplice.scoring.vllm_worker import Job, window_file
 
 RUNS = ("baseline", "kvsplice")
 
@@ -109,7 +109,7 @@ def kvsplice_arguments(projector: str | None, engine: dict[str, Any]) -> dict[st
 def start(job: Job, name: str) -> dict[str, Any]:
     """Run one engine's process to its end, with a progress bar; returns what it left in done.json."""
     log = Path(job.folder).with_suffix(".log")
-    command = [sys.executable, "-m", "vllm_kvsplice.vllm_worker", str(job.save())]
+    command = [sys.executable, "-m", "vllm_kvsplice.scoring.vllm_worker", str(job.save())]
     with log.open("wb") as out, Progress(console=Console(stderr=True)) as progress:
         # A session of its own, so that the engine's processes can be ended together with it.
         process = subprocess.Popen(

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from vllm_kvsplice.fingerprint import ModelShape
-from vllm_kvsplice.layout import LatentLayout, ratios
-from vllm_kvsplice.projector import Projector, default_layer
-from vllm_kvsplice.results import file_digest, table
+from vllm_kvsplice.codec.fingerprint import ModelShape
+from vllm_kvsplice.codec.layout import LatentLayout, ratios
+from vllm_kvsplice.codec.projector import Projector, default_layer
+from vllm_kvsplice.scoring.results import file_digest, table
 
 DEFAULT_PRESET = "int8"  # what serving uses where there is no projector
 

@@ -14,9 +14,9 @@ from packaging.version import InvalidVersion, Version
 from vllm_kvsplice.errors import KVSpliceError
 
 NAME = "KVSPLICE"
-BACKEND = "vllm_kvsplice.backend.KVSpliceBackend"
-UNSUPPORTED = "vllm_kvsplice.registration.UnsupportedBackend"
-CPU_DISPATCH = "vllm_kvsplice.cpu_dispatch"
+BACKEND = "vllm_kvsplice.serving.backend.KVSpliceBackend"
+UNSUPPORTED = "vllm_kvsplice.serving.registration.UnsupportedBackend"
+CPU_DISPATCH = "vllm_kvsplice.serving.cpu_dispatch"
 # vLLM's CPU platform ignores the selected backend and always asks for one of these.
 CPU_BACKENDS = ("CPU_ATTN", "CPU_MLA", "AMX_MLA")
 VLLM_MIN, VLLM_BELOW = (0, 32), (0, 34)
@@ -42,7 +42,7 @@ def register_with_vllm() -> None:
     for name in CPU_BACKENDS:
         member = AttentionBackendEnum.__members__.get(name)
         if member is not None and not member.get_path().startswith(CPU_DISPATCH):
-            from vllm_kvsplice import cpu_dispatch
+            from vllm_kvsplice.serving import cpu_dispatch
 
             cpu_dispatch.stock_paths[name] = member.get_path()
             register_backend(member, f"{CPU_DISPATCH}.{name}")

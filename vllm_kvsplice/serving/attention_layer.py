@@ -8,15 +8,16 @@ backend class for the page size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vllm_kvsplice.codec.layout import LatentLayout, Side
+from vllm_kvsplice.codec.projector import LayerProjector, Projector, default_layer
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.layout import LatentLayout, Side
-from vllm_kvsplice.projector import LayerProjector, Projector, default_layer
-from vllm_kvsplice.vllm_compat import attention_layers, is_plain_attention, layer_index
+from vllm_kvsplice.serving.vllm_compat import attention_layers, is_plain_attention, layer_index
 
 PARTS = ("encode", "decode", "mean")
 SIDES: tuple[Side, ...] = ("k", "v")
@@ -140,3 +141,17 @@ def find_layer(vllm_config: Any, impl: object) -> tuple[str, Any]:
 
 def _buffer(side: str, part: str) -> str:
     return f"_kvsplice_{side}_{part}"
+
+
+def backend_with_bytes(current: type[Any], bytes_per_token_head: int) -> type[Any]:
+    """The class for a layer whose class is ``current``: it knows its page size, and layers of one size share it.
+
+    vLLM groups layers by class. After a weight reload ``current`` is such a class already.
+    """
+    return _sized(current if current.bytes_per_token_head is None else current.__bases__[0], bytes_per_token_head)
+
+
+@lru_cache(maxsize=256)
+def _sized(base: type[Any], bytes_per_token_head: int) -> type[Any]:
+    name = f"{base.__name__}{bytes_per_token_head}"
+    return type(name, (base,), {"bytes_per_token_head": bytes_per_token_head, "__module__": base.__module__})

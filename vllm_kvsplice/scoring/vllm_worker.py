@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One vLLM engine in a process of its own: python -m vllm_kvsplice.vllm_worker JOB.
+"""One vLLM engine in a process of its own: python -m vllm_kvsplice.scoring.vllm_worker JOB.
 
 In: a job file (``Job`` as JSON). Out, in the job's folder: ``window-NNNNN.npz`` with what the engine reports about the
 prompt's tokens, then ``done.json`` with the needles' answers and the capacity of the cache. ``vllm_engine`` starts two

@@ -18,14 +18,14 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from vllm_kvsplice import reference
+from vllm_kvsplice.calibration.hf_attention import Transform, load_model, transformed_kv
+from vllm_kvsplice.codec import reference
+from vllm_kvsplice.codec.layout import Side
+from vllm_kvsplice.codec.projector import Folded, LayerProjector, Projector, default_layer
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.hf_attention import Transform, load_model, transformed_kv
-from vllm_kvsplice.layout import Side
-from vllm_kvsplice.metrics import Scores, score_logits
-from vllm_kvsplice.needle import Needle
-from vllm_kvsplice.projector import Folded, LayerProjector, Projector, default_layer
-from vllm_kvsplice.results import Outcome
+from vllm_kvsplice.scoring.metrics import Scores, score_logits
+from vllm_kvsplice.scoring.needle import Needle
+from vllm_kvsplice.scoring.results import Outcome
 
 _CONSOLE = Console(stderr=True)  # progress; standard output is for results
 

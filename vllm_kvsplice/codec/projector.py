@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vllm_kvsplice.bases import hadamard
+from vllm_kvsplice.codec.bases import hadamard
+from vllm_kvsplice.codec.fingerprint import ModelShape, model_shape
+from vllm_kvsplice.codec.layout import LatentLayout, Ratios, Side, Tier, ratios
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.fingerprint import ModelShape, model_shape
-from vllm_kvsplice.layout import LatentLayout, Ratios, Side, Tier, ratios
 
 FORMAT = "kvsplice/1"
 FILE_NAME = "kvsplice.safetensors"  # looked for beside a model's weights

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vllm_kvsplice.server import Capacity, Server
+from vllm_kvsplice.demo.server import Capacity, Server
 
 
 @dataclass(frozen=True)
