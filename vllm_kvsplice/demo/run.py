@@ -87,13 +87,12 @@ def _measure(model: str, request: DemoRequest, work: Path, console: Console) -> 
     (work / "scoring.txt").write_text(scoring_text)
     projector = _calibrate(model, work, console)
     scores = _score(model, projector, work, console)
-    if request.model is None:  # its folder is of this machine
-        scores["model"] |= {"name": "bundled"}
     served, needle = _serve_both(model, projector, request.port, scoring_text, work, console)
     result = {
         "model": "bundled" if request.model is None else model,
         "preset": PRESET,
-        "scores": scores,
+        # The bundled model's folder is of this machine and says nothing elsewhere.
+        "scores": {key: value for key, value in scores.items() if key != "model" or request.model},
         "needle": needle,
         "stock": served["stock"].as_dict(),
         "kvsplice": served["kvsplice"].as_dict(),
