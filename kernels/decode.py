@@ -244,7 +244,11 @@ def _tanh(x):
     return tl.where(x < 0, -y, y)
 
 
-@triton.jit(do_not_specialize=["num_reqs", "num_splits", "stride_table"])
+@triton.jit(
+    do_not_specialize=["num_reqs", "num_splits", "stride_table"],
+    # A step's prefills start anywhere in the batch: their alignment must not be a variant.
+    do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr", "query_start_loc_ptr"],
+)
 def decode_kernel(
     q_latent_ptr,  # [num_tokens, num_heads, K_RANK] fp32
     q_bias_ptr,  # [num_tokens, num_heads] fp32
@@ -306,7 +310,7 @@ def query_tile(group: int, max_query_len: int, ranks: int) -> tuple[int, int]:
     for sm_90 attends wrongly (tests/gpu_check.py, prefill-256, H200, 2026-11-24); the 16-row one is right.
     """
     rows = 64 if ranks <= 256 else 16
-    tokens = min(max_query_len, max(1, rows // group))
+    tokens = min(triton.next_power_of_2(max_query_len), max(1, rows // group))  # few variants to compile
     return tokens, max(16, triton.next_power_of_2(tokens * group))
 
 

@@ -98,12 +98,6 @@ def round_to_code(z, scale, inverse, zero, LOW: tl.constexpr, HIGH: tl.constexpr
 
 
 @triton.jit
-def code_to_number(code, scale, zero):
-    """Inverse of round_to_code: latents from fp32 codes [rows, dims]."""
-    return code * scale[:, None] + zero[:, None]
-
-
-@triton.jit
 def pack_part(packed, code, i: tl.constexpr, NBITS: tl.constexpr):
     """Add part i of a byte: fp32 codes into int32 ``packed`` (start from 0)."""
     return packed | ((code.to(tl.int32) & ((1 << NBITS) - 1)) << (i * NBITS))

@@ -42,7 +42,10 @@ def _merge(latent_ptr, lse_ptr, row, row_ok, num_splits, RANK: tl.constexpr, RAN
     return z / tl.where(any_seen, weight_sum, 1.0)[:, None], any_seen
 
 
-@triton.jit(do_not_specialize=["num_reqs", "num_splits"])
+@triton.jit(
+    do_not_specialize=["num_reqs", "num_splits"],
+    do_not_specialize_on_alignment=["seq_lens_ptr", "query_start_loc_ptr"],
+)
 def reduce_expand_kernel(
     latent_ptr,  # [num_tokens, num_heads, num_splits, RANK] fp32
     lse_ptr,  # [num_tokens, num_heads, num_splits] fp32, natural log
@@ -128,7 +131,7 @@ def reduce_expand(
         num_reqs, num_splits, out.stride(0), out.stride(1),
         GROUP=group, HEADS=heads, HEAD_DIM=head_dim, RANK=rank, RANK_PAD=max(16, triton.next_power_of_2(rank)),
         SKIP_FIRST_CHUNKS=skip_first_chunks, ONE_TILE=max_query_len <= tile_tokens, TILE_TOKENS=tile_tokens, M=rows,
-        BLOCK_D=block_d, SPLITS_AT_ONCE=min(at_once, triton.next_power_of_2(num_splits)), num_warps=4,
+        BLOCK_D=block_d, SPLITS_AT_ONCE=at_once, num_warps=4,
     )  # fmt: skip
 
 
@@ -136,5 +139,5 @@ def _rows(total_rows: int, group: int, max_query_len: int) -> tuple[int, int, in
     """(heads, query tokens, rows of the dot, splits loaded at once) of a program."""
     if total_rows <= FEW_ROWS:
         return 1, 1, 1, 16
-    tokens = min(max_query_len, max(1, 32 // group))
+    tokens = min(triton.next_power_of_2(max_query_len), max(1, 32 // group))
     return group, tokens, max(16, triton.next_power_of_2(tokens * group)), 4

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 
 # Before triton, vLLM or transformers are imported: all three read their settings then.
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override the kv_cache_memory_bytes that the tests set
+
+# A shell that starts pytest in the background ignores SIGINT, and so would every process that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis
 import numpy as np

@@ -189,6 +189,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
         config = SimpleNamespace(model_config=model)
         monkeypatch.setattr(Projector, "verify", lambda self, config: None)
         monkeypatch.setattr(projector_source, "for_engine", lambda *args: given)
+        monkeypatch.setattr(projector_source, "forget", lambda: None)
         monkeypatch.setattr(attention_layer, "is_plain_attention", lambda layer: True)
         monkeypatch.setattr(impl, "tensor_parallel", lambda: (1, 2))
         for module in (attention_layer, impl):
@@ -198,7 +199,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
             made.vllm_config, made.settings = config, SimpleNamespace(projector=None)
             made.num_heads, made.num_kv_heads, made.head_size, made.scale = 8, 2, 64, 1.0
             made.sliding_window, made.soft_cap, made.path = layer.sliding_window, None, None
-            made.kv_sharing_target_layer_name = sharing.get(name)
+            made.kv_sharing_target_layer_name, made.codec = sharing.get(name), None
         for layer in [*layers.values()] * 2:  # a weight reload does it again
             layer.impl.process_weights_after_loading(torch.bfloat16)
         return layers
@@ -226,3 +227,12 @@ def test_a_layer_that_shares_a_cache_reads_it_with_its_target_s_projector(load: 
 def test_a_hybrid_model_gets_one_page_size_when_loaded(load: Any) -> None:
     layers = load({"layers.0.attn": FakeLayer(window=32), "layers.1.attn": FakeLayer()}, projector(A, B), {})
     assert {layer.attn_backend.bytes_per_token_head for layer in layers.values()} == {152}
+
+
+def test_another_layout_after_a_reload_is_refused(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_kvsplice.codec import projector_source
+
+    layers = load({"layers.0.attn": FakeLayer(), "layers.1.attn": FakeLayer()}, projector(A, B), {})
+    monkeypatch.setattr(projector_source, "for_engine", lambda *args: projector(B, A))
+    with pytest.raises(KVSpliceError, match="for layers.0.attn, whose cache holds .*: restart the server"):
+        layers["layers.0.attn"].impl.process_weights_after_loading(torch.bfloat16)

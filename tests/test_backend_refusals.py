@@ -88,8 +88,10 @@ def test_an_unknown_setting_stops_the_start(current: VllmConfig) -> None:
 def engine(**changes: Any) -> SimpleNamespace:
     """A VllmConfig as far as the refusals read it, one dotted name changed."""
     parts = SimpleNamespace(
-        parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
-        cache_config=SimpleNamespace(block_size=48),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False
+        ),
+        cache_config=SimpleNamespace(block_size=48, kv_cache_dtype_skip_layers=[]),
         model_config=SimpleNamespace(
             use_mla=False, is_mm_prefix_lm=False, rswa_window=None, is_hybrid=False, dtype=torch.bfloat16
         ),
@@ -109,6 +111,8 @@ def engine(**changes: Any) -> SimpleNamespace:
         (dict(parallel_config__prefill_context_parallel_size=2), "prefill context parallelism"),
         (dict(kv_transfer_config=SimpleNamespace(is_kv_transfer_instance=True)), "KV connectors"),
         (dict(attention_config__use_non_causal=True), "non-causal attention"),
+        (dict(parallel_config__use_ubatching=True), "micro-batches"),
+        (dict(cache_config__kv_cache_dtype_skip_layers=["0"]), "layers left out"),
         (dict(cache_config__block_size=24), "block size 24"),
         (dict(model_config__use_mla=True), "MLA"),
         (dict(model_config__is_mm_prefix_lm=True), "multimodal prefixes"),
@@ -136,10 +140,17 @@ def test_batch_invariance_devices_and_dtype() -> None:
 
 
 def test_exact_prefill_needs_a_head_that_flash_attention_takes() -> None:
+    with pytest.raises(KVSpliceError, match="head_dim 256 with 17 query heads"):
+        refusals.check_kernels("exact", 256, 17, "cuda")
     with pytest.raises(KVSpliceError, match="exact prefill at head_dim 512.*prefill latent"):
-        refusals.check_prefill("exact", 512, "cuda")
-    for arguments in (("latent", 512, "cuda"), ("exact", 512, "cpu"), ("exact", 256, "cuda")):
-        refusals.check_prefill(*arguments)
+        refusals.check_kernels("exact", 512, 1, "cuda")
+    for arguments in (
+        ("latent", 512, 1, "cuda"),
+        ("exact", 512, 71, "cpu"),
+        ("exact", 256, 16, "cuda"),
+        ("exact", 128, 71, "cuda"),
+    ):
+        refusals.check_kernels(*arguments)
 
 
 def test_the_refusals_read_names_that_this_vllm_has(config: VllmConfig) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from vllm_kvsplice.codec.bases import hadamard
+from vllm_kvsplice.codec.fingerprint import ModelShape
 from vllm_kvsplice.codec.layout import LatentLayout
 from vllm_kvsplice.codec.projector import Basis, LayerProjector, Projector, build_metadata, default_layer
 from vllm_kvsplice.errors import KVSpliceError
@@ -105,6 +106,12 @@ def rewrite(good, path, change):
     return path
 
 
+def of_head_dim(meta, head_dim):
+    """Metadata fields of the same model but for its head_dim, digest and all."""
+    shape = ModelShape(**(meta["metadata"]["model"] | {"head_dim": head_dim}))
+    return {"model": shape.model_dump(), "model_digest": shape.digest}
+
+
 def set_value(name, value):
     def change(tensors, meta):
         tensors[name].view(-1)[0] = value
@@ -116,6 +123,8 @@ CHANGES = {
     "nan": (set_value("layers.0.k.encode", float("nan")), "not finite"),
     "inf mean": (set_value("layers.2.v.mean", float("inf")), "not finite"),
     "zero sigma": (set_value("layers.0.v.sigma", 0.0), "not positive"),
+    "sigma that overflows": (set_value("layers.0.v.sigma", 1e-40), "cannot be scaled by"),
+    "another head_dim": (lambda t, m: m["metadata"].update(of_head_dim(m, 40)), "head_dim 40"),
     "missing": (lambda t, m: t.pop("layers.2.k.mean"), "layers.2.k.mean' is missing"),
     "extra": (lambda t, m: t.update(evil=torch.zeros(1)), "'evil' is not expected"),
     "wrong shape": (lambda t, m: t.update({"layers.0.k.mean": torch.zeros(2, 31)}), r"\[2, 31\], expected F32 \[2, 32\]"),

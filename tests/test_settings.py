@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from httpx import Request, Response
 
 from vllm_kvsplice.codec import projector_source
 from vllm_kvsplice.codec.projector import FILE_NAME, Projector, build_metadata, default_layer
@@ -65,14 +66,14 @@ def test_a_setting_that_leads_nowhere_is_refused_when_read(setting: str) -> None
 
 def test_a_repo_id_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     asked = []
 
     def download(repo: str, place: str, revision: str | None = None) -> str:
         asked.append((repo, place, revision))
         if "/" in place:
-            raise EntryNotFoundError("404")
+            raise RemoteEntryNotFoundError("404", response=Response(404, request=Request("GET", "https://hub.example")))
         return str(tmp_path / place)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
@@ -92,6 +93,7 @@ def test_an_unreachable_repo_is_refused_if_asked_for_and_passed_over_if_not(monk
         raise LocalEntryNotFoundError("offline. ")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(KVSpliceError, match=r"neither a file here nor a Hugging Face repo .*offline\)"):
         projector_source.locate("owner/name", "model")
     assert projector_source.locate(None, "owner/model") is None
@@ -125,3 +127,15 @@ def test_a_file_is_read_once_for_all_layers_and_anew_after_forget(tmp_path: Path
     assert projector_source.for_engine(str(tmp_path / "p"), "model", None) is first
     projector_source.forget()
     assert projector_source.for_engine(str(tmp_path / "p"), "model", None) is not first
+
+
+def test_a_hub_that_will_not_say_is_not_taken_for_a_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def download(*args: object, **kwargs: object) -> str:
+        raise HfHubHTTPError("503", response=Response(503, request=Request("GET", "https://hub.example")))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(KVSpliceError, match="did not say whether owner/model holds"):
+        projector_source.locate(None, "owner/model")

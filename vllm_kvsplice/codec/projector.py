@@ -246,6 +246,8 @@ def _check_tensors(path: Path, header: dict[str, Any], metadata: Metadata, layou
         raise _refusal(path, f"its model digest {metadata.model_digest[:20]!r} does not match its model fields")
     if not (0 < model.num_kv_heads <= MAX_KV_HEADS):
         raise _refusal(path, f"{model.num_kv_heads} KV heads is not between 1 and {MAX_KV_HEADS}")
+    if any(layout.head_dim != model.head_dim for layout in layouts.values()):
+        raise _refusal(path, f"its layouts are not all of its model's head_dim {model.head_dim}")
     if not layouts or max(layouts) >= model.num_hidden_layers:
         raise _refusal(path, f"its layers are {sorted(layouts)[:4]}..., its model has {model.num_hidden_layers}")
     wanted = {
@@ -272,6 +274,8 @@ def _check_values(path: Path, index: int, layer: LayerProjector) -> None:
                 raise _refusal(path, f"layers.{index}.{side}.{part} holds numbers that are not finite")
         if not (basis.sigma > 0).all():
             raise _refusal(path, f"layers.{index}.{side}.sigma holds numbers that are not positive")
+        if not all(torch.isfinite(part).all() for part in basis.folded()):
+            raise _refusal(path, f"layers.{index}.{side} has a sigma that its bases cannot be scaled by")
 
 
 def build_metadata(config: Any, preset: str, **fields: Any) -> Metadata:

@@ -82,7 +82,15 @@ def _beside(model: str, revision: str | None) -> Path | None:
     path = Path(model)
     if path.exists():
         return _inside(path if path.is_dir() else path.parent)
-    return _from_hub(model, revision)[0] if _is_repo_id(model) else None
+    if not _is_repo_id(model):
+        return None
+    found, why = _from_hub(model, revision)
+    if found is None and why.startswith("HfHubHTTPError"):
+        raise KVSpliceError(
+            f"the hub did not say whether {model} holds a {FILE_NAME} ({why}): set --additional-config.kvsplice.projector "
+            "FILE, or HF_HUB_OFFLINE=1 to serve from the local cache alone."
+        )
+    return found
 
 
 def _inside(folder: Path) -> Path | None:
@@ -95,8 +103,8 @@ def _is_repo_id(text: str) -> bool:
 
 def _from_hub(repo: str, revision: str | None) -> tuple[Path | None, str]:
     """The file from the hub or its cache, or None with the reason."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     why = ""
     for place in PLACES:
@@ -104,6 +112,7 @@ def _from_hub(repo: str, revision: str | None) -> tuple[Path | None, str]:
             return Path(hf_hub_download(repo, place, revision=revision)), ""
         except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
             why = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120].rstrip('. ')}"
-            if not isinstance(error, EntryNotFoundError) or isinstance(error, OSError):
-                break  # the repo, not the file, could not be reached
+            reached = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+            if not (reached or constants.HF_HUB_OFFLINE):
+                break  # the repo, not the file, is out of reach: asking again costs half a minute of retries
     return None, why

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals and clean-up: SIGTERM unwinds like Ctrl-C does, and no signal cuts a clean-up short. Used by server.py and demo.py."""
+"""Signals and clean-up: SIGTERM unwinds like Ctrl-C does, and no signal cuts a clean-up short. Used by the demo and vllm_engine."""
 
 from __future__ import annotations
 

@@ -14,13 +14,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,7 @@ from rich.progress import Progress
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.scoring.metrics import Scores, TopK, score_topk
 from vllm_kvsplice.scoring.needle import Needle
-from vllm_kvsplice.scoring.processes import group_members
+from vllm_kvsplice.scoring.processes import stop_group
 from vllm_kvsplice.scoring.results import Outcome
 from vllm_kvsplice.scoring.signals import deferred_signals
 from vllm_kvsplice.scoring.vllm_worker import Job, window_file
@@ -160,17 +158,9 @@ def _read(path: Path) -> tuple[TopK, torch.Tensor]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Empty the process group of an engine: at once if it ended by itself, by signals if it is still running."""
+    """Empty the process group of an engine, whether it ended by itself or is still running."""
     with deferred_signals():
-        for signum, patience_s in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
-            deadline = time.monotonic() + patience_s
-            if group_members(process.pid):
-                with suppress(ProcessLookupError):  # it ended meanwhile
-                    os.killpg(process.pid, signum)
-            while process.poll() is None or group_members(process.pid):
-                if time.monotonic() > deadline:
-                    break
-                time.sleep(0.05)
+        stop_group(process, 10.0)
 
 
 def _failure(name: str, code: int, log: Path) -> KVSpliceError:

@@ -20,7 +20,7 @@ from vllm_kvsplice.serving.vllm_compat import (
     AttentionType,
     attention_layers,
     batch_invariant,
-    current_platform,
+    device_kind,
     get_current_vllm_config,
     tensor_parallel,
 )
@@ -45,9 +45,11 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
     ) -> None:
         self.vllm_config = get_current_vllm_config()
         refusals.check_layer(head_size, alibi_slopes, kv_cache_dtype, attn_type, extra)
-        refusals.check_engine(self.vllm_config, batch_invariant(), current_platform.device_type)
+        refusals.check_engine(self.vllm_config, batch_invariant(), device_kind())
         self.settings = read_settings(self.vllm_config.additional_config)
-        refusals.check_prefill(self.settings.prefill, head_size, current_platform.device_type)
+        refusals.check_kernels(
+            self.settings.prefill, head_size, num_heads // (num_kv_heads or num_heads), device_kind()
+        )
         if self.settings.projector is None and self.vllm_config.model_config is not None:
             projector_source.check_beside(self.vllm_config.model_config.model)
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
@@ -76,7 +78,7 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         layers = attention_layers(self.vllm_config)
         windows = {getattr(other, "sliding_window", None) for other in layers.values()}
         wide = layer.kv_cache_torch_dtype if layer.kv_cache_torch_dtype.itemsize == 2 else torch.bfloat16
-        self.codec = LayerCodec(
+        codec = LayerCodec(
             found.layout,
             attention_layer.cell_bytes(found.layout, projector, windows),
             wide,
@@ -86,9 +88,16 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
             self.sliding_window,
             self.soft_cap,
         )
+        if self.codec is not None and self.codec != codec:
+            raise KVSpliceError(
+                f"the projector now has {codec.layout} for {name}, whose cache holds {self.codec.layout}: restart the server."
+            )
+        self.codec = codec
         attention_layer.attach(layer, found, layer._k_scale.device)
         layer.attn_backend = attention_layer.backend_with_bytes(layer.attn_backend, self.codec.bytes_per_token_head)
         startup.reserve(self.vllm_config, self.path, self.codec, layer._k_scale.device)
+        if name == next(reversed(layers)):  # the last layer has taken its part; a reload reads the file anew
+            projector_source.forget()
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -136,7 +145,7 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
 
 def _path() -> ModuleType:
     """torch on a CPU, Triton on CUDA; refusals.check_engine has turned other devices away."""
-    if current_platform.device_type == "cpu":
+    if device_kind() == "cpu":
         from vllm_kvsplice.serving import torch_path
 
         return torch_path

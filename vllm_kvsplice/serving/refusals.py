@@ -15,6 +15,7 @@ from vllm_kvsplice.codec.layout import BLOCK_MULTIPLE, MAX_HEAD_DIM, TIER_MULTIP
 from vllm_kvsplice.errors import KVSpliceError
 
 FLASH_HEAD_DIM = 256  # FlashAttention's largest on the GPUs that run these kernels
+MAX_WIDE_GROUP = 16  # query heads: one 16-row tile, see kernels/decode.py query_tile
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 
 
@@ -60,6 +61,10 @@ def check_engine(config: Any, batch_invariant: bool, device_type: str) -> None:
         _refuse("prefill context parallelism", "drop --prefill-context-parallel-size")
     if transfer is not None and transfer.is_kv_transfer_instance:
         _refuse("KV connectors, whose stores do not know its page format", "drop --kv-transfer-config")
+    if parallel.use_ubatching:
+        _refuse("micro-batches, whose scratch it does not reserve", "drop --enable-dbo and --ubatch-size")
+    if cache.kv_cache_dtype_skip_layers:
+        _refuse("layers left out of a quantised KV cache", "drop --kv-cache-dtype-skip-layers")
     if batch_invariant:
         _refuse("batch-invariant mode", "unset VLLM_BATCH_INVARIANT")
     if config.attention_config.use_non_causal:
@@ -70,8 +75,10 @@ def check_engine(config: Any, batch_invariant: bool, device_type: str) -> None:
         _check_model(model, device_type)
 
 
-def check_prefill(prefill: str, head_dim: int, device_type: str) -> None:
-    """Refuse exact prefill where there is no kernel for it."""
+def check_kernels(prefill: str, head_dim: int, group: int, device_type: str) -> None:
+    """Refuse what no GPU kernel does: exact prefill of wide heads, wide heads with many query heads to a KV head."""
+    if device_type == "cuda" and head_dim > 128 and group > MAX_WIDE_GROUP:
+        _refuse(f"head_dim {head_dim} with {group} query heads to a KV head on CUDA (at most {MAX_WIDE_GROUP} there)")
     if prefill == "exact" and device_type == "cuda" and head_dim > FLASH_HEAD_DIM:
         _refuse(f"exact prefill at head_dim {head_dim}", "use --additional-config.kvsplice.prefill latent")
 

@@ -68,7 +68,9 @@ def prefill(
     if fresh is not None and first:
         fresh_attention(codec, query, *fresh, requests, out)
     if not (first and all(requests.first_chunk)):
-        _attend_codes(codec, bases, query, kv_cache, requests, out, 1, skip_first_chunks=first)
+        # As an upper bound: with the true one every short tail of a prompt would be a kernel variant of its own.
+        longest = max(requests.max_query_len, LONG_STEP)
+        _attend_codes(codec, bases, query, kv_cache, requests, out, 1, skip_first_chunks=first, max_query_len=longest)
 
 
 def fresh_attention(
@@ -139,6 +141,7 @@ def _attend_codes(
     out: Tensor,
     num_splits: int,
     skip_first_chunks: bool,
+    max_query_len: int | None = None,
 ) -> None:
     paged_attention(
         query,
@@ -154,7 +157,7 @@ def _attend_codes(
         requests.query_start_loc,
         codec.scale,
         out,
-        requests.max_query_len,
+        max_query_len or requests.max_query_len,
         num_splits,
         codec.sliding_window,
         codec.soft_cap,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every name that we take from inside vLLM, and nothing else: the one file to read when vLLM changes.
+"""Every name that we take from inside vLLM but for the registry, and nothing else: the one file to read when vLLM changes.
 
 Written against vLLM 0.32 (V1 and V2 model runners) and the sources of 0.33. Names whose import is heavy or depends on the
 platform are functions, so that registering stays cheap.
@@ -45,6 +45,7 @@ __all__ = [
     "attention_layers",
     "batch_invariant",
     "current_platform",
+    "device_kind",
     "decode_query_len",
     "flash_attention",
     "get_current_vllm_config",
@@ -92,6 +93,11 @@ def decode_query_len(vllm_config: VllmConfig) -> int:
     from vllm.v1.attention.backend import max_decode_query_len
 
     return int(max_decode_query_len(vllm_config))
+
+
+def device_kind() -> str:
+    """ "cpu", "cuda" (NVIDIA only; vLLM calls ROCm devices so too), or what else vLLM runs on."""
+    return "rocm" if current_platform.is_rocm() else str(current_platform.device_type)
 
 
 def batch_invariant() -> bool:
