@@ -13,13 +13,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override the kv_cache_memory_bytes that the tests set
 
-# A shell that starts pytest in the background ignores SIGINT, and so would every process that the tests interrupt.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 import hypothesis
 import numpy as np
 import pytest
 import torch
+
+# A shell that starts pytest in the background ignores SIGINT, and so would every process that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
