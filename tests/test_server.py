@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_kvsplice.demo.server import Capacity, Server, parse_capacity
+from vllm_kvsplice.demo.server import Capacity, Server, parse_capacity, socket_folder
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.scoring.processes import group_members
 from vllm_kvsplice.scoring.signals import deferred_signals
@@ -201,3 +201,9 @@ def test_stock_vllm_serves_the_demo_model(tmp_path):
         answer = client.completions.create(model=str(model), prompt="The", max_tokens=4, temperature=0)
         assert answer.usage.completion_tokens == 4
     assert group_members(group) == []
+
+
+@pytest.mark.parametrize("length, folder", [(40, None), (41, "/tmp")])
+def test_sockets_lie_where_their_paths_are_short_enough(monkeypatch, length, folder):
+    monkeypatch.setattr("tempfile.tempdir", "/" + "t" * (length - 1))
+    assert socket_folder() == folder

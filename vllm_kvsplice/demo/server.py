@@ -45,6 +45,14 @@ class Capacity:
     block_size: int
 
 
+def socket_folder() -> str | None:
+    """Where vLLM's Unix sockets fit: None, the folder for temporary files, or /tmp where that one's path is too long.
+
+    A socket's path has at most 107 bytes (unix(7)); vLLM adds a folder of ours (26) and a UUID (36), and it may grow.
+    """
+    return None if len(os.fsencode(tempfile.gettempdir())) <= 40 else "/tmp"
+
+
 class Server:
     """`with Server(model, args, log=path) as server:` runs `vllm serve MODEL ARGS` on a free local port until the block ends.
 
@@ -143,7 +151,7 @@ class Server:
             )
 
     def _environment(self) -> dict[str, str]:
-        self._scratch = tempfile.TemporaryDirectory(prefix="kvsplice-server-")
+        self._scratch = tempfile.TemporaryDirectory(prefix="kvsplice-server-", dir=socket_folder())
         env = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1"}
         env["VLLM_RPC_BASE_PATH"] = self._scratch.name  # its sockets, which a killed server leaves behind
         env.pop("TRITON_INTERPRET", None)  # set by tests; vLLM would run its own kernels interpreted
