@@ -30,6 +30,7 @@ def row(file):
     ("file", "name"),
     [
         ("ref-d128-near_lossless-hf", "ref-d128-near_lossless-hf"),
+        ("-hf-whole", "ref-d128-near_lossless-hf-whole"),
         ("-hf-bf16", "ref-d128-near_lossless-hf-bf16"),
         ("-vllm", "ref-d128-near_lossless-vllm"),
         ("demo-h200", "demo-h200"),
