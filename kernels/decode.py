@@ -307,7 +307,8 @@ def query_tile(group: int, max_query_len: int, ranks: int) -> tuple[int, int]:
     """(query tokens of a tile, rows of its dot): as many tokens as fill 64 rows, no more than a request has.
 
     16 rows where K and V have more than 256 latent dimensions together: there the 64-row program that Triton 3.6 makes
-    for sm_90 attends wrongly (tests/gpu_check.py, prefill-256, H200, 2026-11-24); the 16-row one is right.
+    for sm_90 attends wrongly (tests/gpu_check.py, prefill-256, H200, 2026-11-24); 16-row programs of that width were right
+    there (2-bit-tiers-256).
     """
     rows = 64 if ranks <= 256 else 16
     tokens = min(triton.next_power_of_2(max_query_len), max(1, rows // group))  # few variants to compile

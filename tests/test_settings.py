@@ -139,3 +139,16 @@ def test_a_hub_that_will_not_say_is_not_taken_for_a_no(monkeypatch: pytest.Monke
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(KVSpliceError, match="did not say whether owner/model holds"):
         projector_source.locate(None, "owner/model")
+
+
+def test_a_repo_that_the_hub_does_not_know_has_no_projector(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    def download(*args: object, **kwargs: object) -> str:
+        raise RepositoryNotFoundError("401", response=Response(401, request=Request("GET", "https://hub.example")))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert projector_source.locate(None, "owner/model") is None
+    with pytest.raises(KVSpliceError, match="RepositoryNotFoundError: 401"):
+        projector_source.locate("owner/name", "model")

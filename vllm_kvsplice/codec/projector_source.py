@@ -59,10 +59,10 @@ def locate(setting: str | None, model: str, revision: str | None = None) -> Path
         return _inside(path) or path / FILE_NAME  # Projector.load says that it does not exist
     if path.exists() or not _is_repo_id(setting):
         return path
-    found, why = _from_hub(setting, None)
+    found, error = _from_hub(setting, None)
     if found is None:
         raise KVSpliceError(
-            f"projector {setting!r} is neither a file here nor a Hugging Face repo that holds {FILE_NAME} ({why}): "
+            f"projector {setting!r} is neither a file here nor a Hugging Face repo that holds {FILE_NAME} ({_reason(error)}): "
             "make one with `kvsplice calibrate MODEL --out FILE`."
         )
     return found
@@ -84,11 +84,14 @@ def _beside(model: str, revision: str | None) -> Path | None:
         return _inside(path if path.is_dir() else path.parent)
     if not _is_repo_id(model):
         return None
-    found, why = _from_hub(model, revision)
-    if found is None and why.startswith("HfHubHTTPError"):
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+
+    found, error = _from_hub(model, revision)
+    # A repo that the hub does not know was found elsewhere by vLLM; a file that it does not know is a plain no.
+    if isinstance(error, HfHubHTTPError) and not isinstance(error, RepositoryNotFoundError | EntryNotFoundError):
         raise KVSpliceError(
-            f"the hub did not say whether {model} holds a {FILE_NAME} ({why}): set --additional-config.kvsplice.projector "
-            "FILE, or HF_HUB_OFFLINE=1 to serve from the local cache alone."
+            f"the hub did not say whether {model} holds a {FILE_NAME} ({_reason(error)}): set "
+            "--additional-config.kvsplice.projector FILE, or HF_HUB_OFFLINE=1 to serve from the local cache alone."
         )
     return found
 
@@ -101,18 +104,23 @@ def _is_repo_id(text: str) -> bool:
     return text.count("/") <= 1 and not text.startswith((".", "/", "~")) and not text.endswith(".safetensors")
 
 
-def _from_hub(repo: str, revision: str | None) -> tuple[Path | None, str]:
-    """The file from the hub or its cache, or None with the reason."""
+def _from_hub(repo: str, revision: str | None) -> tuple[Path | None, Exception | None]:
+    """The file from the hub or its cache, or None with the error of the last try."""
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    why = ""
+    last: Exception | None = None
     for place in PLACES:
         try:
-            return Path(hf_hub_download(repo, place, revision=revision)), ""
+            return Path(hf_hub_download(repo, place, revision=revision)), None
         except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-            why = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120].rstrip('. ')}"
+            last = error
             reached = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
             if not (reached or constants.HF_HUB_OFFLINE):
                 break  # the repo, not the file, is out of reach: asking again costs half a minute of retries
-    return None, why
+    return None, last
+
+
+def _reason(error: Exception | None) -> str:
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first[:120].rstrip('. ')}"
