@@ -33,13 +33,13 @@ from kvsplice_kernels.plan import (
     chunk_pad,
     chunk_part,
     chunk_width,
+    has_zero,
     num_chunks,
     num_parts,
     num_tiers,
     rank_of,
     scale_offset,
     tier_bits,
-    zero_offset,
 )
 
 SMALL_STEP = 512  # tokens up to which programs take 16 rows each, to spread them over more of the GPU
@@ -169,9 +169,10 @@ def _store_tier(z, page, row, kept, PLAN: tl.constexpr, t: tl.constexpr, WIDE: t
     scale, zero = tl.zeros([BLOCK_T], tl.float16), tl.zeros([BLOCK_T], tl.float16)
     if scale_offset(PLAN, t) >= 0:
         scale, zero = _scale_and_zero(z, PLAN, t, BLOCK_T)
-        tl.store(scale_ptrs(page, row, scale_offset(PLAN, t)), scale, mask=kept)
-    if zero_offset(PLAN, t) >= 0:
-        tl.store(scale_ptrs(page, row, zero_offset(PLAN, t)), zero, mask=kept)
+        ptrs = scale_ptrs(page, row, PLAN, t)
+        tl.store(ptrs, scale, mask=kept)
+        if has_zero(PLAN, t):
+            tl.store(ptrs + 1, zero, mask=kept)
     s = scale.to(tl.float32)
     inverse = inverse_scale(s)
     for c in tl.static_range(num_chunks(PLAN, t)):

@@ -33,12 +33,12 @@ from kvsplice_kernels.plan import (
     Plan,
     chunk_pad,
     chunk_part,
+    has_zero,
     num_chunks,
     num_parts,
     num_tiers,
     rank_of,
     tier_bits,
-    zero_offset,
 )
 from kvsplice_kernels.query_tiles import check_requests, find_tile, num_query_tiles, request_lens
 
@@ -95,7 +95,7 @@ def _tier_logits(x, q, q_sum, page, row, valid, scale, zero, PLAN: tl.constexpr,
         return x + u
     else:  # scales of foreign rows may be NaN: select, the codes are finite whatever the bytes
         x += u * tl.where(valid, scale, 0.0).to(tl.float32)[None, :]
-        if zero_offset(PLAN, t) >= 0:
+        if has_zero(PLAN, t):
             x += q_sum[:, None] * tl.where(valid, zero, 0.0).to(tl.float32)[None, :]
         return x
 
@@ -142,7 +142,7 @@ def _add_values(
         for i in tl.static_range(num_parts(PLAN, t)):
             old = acc[chunk_part(PLAN, t, c) + i] * factor[:, None]
             new = new + (dot(weights, operand(raw, i, PLAN, t), old, "ieee"),)
-    if zero_offset(PLAN, t) >= 0:
+    if has_zero(PLAN, t):
         z = tl.where(valid, zero, 0.0).to(tl.float32)
         zero_sum = zero_sum * alpha + tl.sum(p * z[None, :], 1)
     return new, zero_sum, unit

@@ -13,12 +13,12 @@ from kvsplice_kernels.plan import (
     chunk_pad,
     chunk_width,
     codes_offset,
+    has_zero,
     num_tiers,
     scale_offset,
     tier_bits,
     tier_row,
     tier_start,
-    zero_offset,
 )
 
 # Clip candidates (count, step) by bit width, reference.CLIP_SEARCH.
@@ -208,9 +208,9 @@ def load_codes(
 
 
 @triton.jit
-def scale_ptrs(page, row, OFFSET: tl.constexpr):
-    """Pointers [rows] into a plane of fp16 scales or zero points."""
-    return (page + OFFSET).to(tl.pointer_type(tl.float16)) + row
+def scale_ptrs(page, row, PLAN: tl.constexpr, t: tl.constexpr):
+    """Pointers [rows] to fp16 scales; where the tier has zero points, each lies right behind its scale."""
+    return (page + scale_offset(PLAN, t)).to(tl.pointer_type(tl.float16)) + row * (2 if has_zero(PLAN, t) else 1)
 
 
 @triton.jit
@@ -218,13 +218,12 @@ def load_scales(page, row, PLAN: tl.constexpr):
     """Scale and zero point of every tier, flat: 2 * num_tiers fp16 vectors [rows]; zeros where a tier has none."""
     scales = ()
     for t in tl.static_range(num_tiers(PLAN)):
-        scales = scales + (_load_plane(page, row, scale_offset(PLAN, t)), _load_plane(page, row, zero_offset(PLAN, t)))
+        none = tl.zeros(row.shape, tl.float16)
+        if tier_bits(PLAN, t) == 16:
+            scales = scales + (none, none)
+        elif has_zero(PLAN, t):
+            ptrs = scale_ptrs(page, row, PLAN, t)
+            scales = scales + (tl.load(ptrs), tl.load(ptrs + 1))
+        else:
+            scales = scales + (tl.load(scale_ptrs(page, row, PLAN, t)), none)
     return scales
-
-
-@triton.jit
-def _load_plane(page, row, OFFSET: tl.constexpr):
-    if OFFSET >= 0:
-        return tl.load(scale_ptrs(page, row, OFFSET))
-    else:
-        return tl.zeros(row.shape, tl.float16)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers that kernels read off a tier plan while they are compiled, and launchers before.
 
-A plan is LatentLayout.plan: a tuple of (bits, dims, start, codes_offset, scale_offset, zero_offset), one for each stored
+A plan is LatentLayout.plan: a tuple of (bits, dims, start, codes_offset, scale_offset), one for each stored
 tier. A tier's row of one token is bytes (16-bit words at 16 bits), cut into *chunks* with power-of-two sides, as Triton
 wants them. A byte holds ``num_parts`` codes; part i of a chunk is a run of consecutive dimensions, so that every (chunk,
 part) is one operand of a dot. Kernels keep one tile for each in a flat tuple, in the order tier, chunk, part.
@@ -49,9 +49,9 @@ def scale_offset(plan, t):
 
 
 @triton.constexpr_function
-def zero_offset(plan, t):
-    """Byte in the page where tier t's zero points start, or -1."""
-    return plan[t][5]
+def has_zero(plan, t):
+    """Whether tier t's scale plane holds a zero point beside each scale."""
+    return plan[t][0] in (4, 2)
 
 
 @triton.constexpr_function

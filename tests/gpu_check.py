@@ -100,9 +100,9 @@ def make_cache(num_blocks: int, block_size: int) -> torch.Tensor:
     number = torch.tensor([0.02], dtype=torch.float16, device="cuda").view(torch.uint8)
     for side in ("k", "v"):
         for tier in LAYOUT.plan(side, block_size):
-            for offset in (tier.scale_offset, tier.zero_offset):
-                if offset >= 0:
-                    reference._plane(cache, offset, 2)[:] = number
+            if tier.bits < 16:
+                numbers = 1 if tier.bits == 8 else 2
+                reference._plane(cache, tier.scale_offset, 2 * numbers)[:] = number.repeat(numbers)
     return cache
 
 

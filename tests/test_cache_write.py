@@ -49,7 +49,8 @@ def test_rounding_has_no_bias(bits: int) -> None:
     blocks = batch.block_table[0, :4].long()
     (plan,) = batch.plan("v")
     got = reference.read_side(batch.kv_cache, (plan,), blocks, torch.float64, batch.wide_dtype)[:, :60].transpose(0, 1)
-    scale = reference._plane(batch.kv_cache, plan.scale_offset, 2)[blocks].contiguous().view(torch.float16)
+    scale = reference._plane(batch.kv_cache, plan.scale_offset, 2 if bits == 8 else 4)[blocks].contiguous()
+    scale = scale.view(torch.float16)[..., :1]
     step = scale.double().transpose(0, 1).flatten(1, 2)[:, :60].transpose(0, 1)
     off = (got - z) / step
     inside = off.abs() < 0.51  # not clipped

@@ -33,10 +33,10 @@ def test_bytes_per_token_and_head(head_dim, k, v, k_bytes, v_bytes):
 
 def test_plane_offsets_of_a_16_token_page():
     layout = LatentLayout.of(128, NEAR_LOSSLESS, [(8, 64), (2, 32), (0, 32)])
-    assert layout.plan("k", 16) == (TierPlan(8, 32, 0, 0, 1280, -1), TierPlan(4, 96, 32, 512, 1312, 1344))
-    # V starts after 16 * 86 bytes of K: 64 * 16 codes, 8 * 16 codes, then scale, scale, zero
-    assert layout.plan("v", 16) == (TierPlan(8, 64, 0, 1376, 2528, -1), TierPlan(2, 32, 64, 2400, 2560, 2592))
-    assert layout.page_bytes(16) == 2624 == 2592 + 32
+    assert layout.plan("k", 16) == (TierPlan(8, 32, 0, 0, 1280), TierPlan(4, 96, 32, 512, 1312))
+    # V starts after 16 * 86 bytes of K: 64 * 16 codes, 8 * 16 codes, then scales, then (scale, zero) pairs
+    assert layout.plan("v", 16) == (TierPlan(8, 64, 0, 1376, 2528), TierPlan(2, 32, 64, 2400, 2560))
+    assert layout.page_bytes(16) == 2624 == 2560 + 64
 
 
 @pytest.mark.parametrize("block_size", [16, 48, 528])
@@ -47,7 +47,8 @@ def test_planes_tile_the_page_without_gap_on_16_bytes(block_size, k):
     for side in ("k", "v"):
         for t in layout.plan(side, block_size):
             spans.append((t.codes_offset, block_size * t.dims * t.bits // 8))
-            spans += [(o, 2 * block_size) for o in (t.scale_offset, t.zero_offset) if o >= 0]
+            if t.bits < 16:
+                spans.append((t.scale_offset, block_size * (2 if t.bits == 8 else 4)))
     end = 0
     for offset, size in sorted(spans):
         assert offset == end and offset % 16 == 0

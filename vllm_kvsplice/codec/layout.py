@@ -5,7 +5,9 @@ A latent vector (the rotated key or value of one token and KV head) is cut into 
 each, most important dimensions first. A page, the bytes of one (block, KV head), is a row of *planes*, each contiguous
 over the block's tokens:
 
-    K codes by tier | K scales and zero points | V codes by tier | V scales and zero points
+    K codes by tier | K scales by tier | V codes by tier | V scales by tier
+
+A scale plane holds one fp16 number per token at 8 bits, and a (scale, zero point) pair, read as one word, at 4 and 2.
 
 A block size that is a multiple of 16 puts every plane on a 16-byte boundary. Kernels, cache spec and projector file
 all take their numbers from here.
@@ -60,7 +62,6 @@ class TierPlan(NamedTuple):
     start: int  # first latent dimension of the tier
     codes_offset: int
     scale_offset: int
-    zero_offset: int
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,7 @@ class LatentLayout:
         plans, start = [], 0
         for tier, codes in zip(stored, code_offsets, strict=True):
             scale = offset if tier.scale_bytes else -1
-            zero = offset + 2 * block_size if tier.scale_bytes == 4 else -1
-            plans.append(TierPlan(tier.bits, tier.dims, start, codes, scale, zero))
+            plans.append(TierPlan(tier.bits, tier.dims, start, codes, scale))
             offset += block_size * tier.scale_bytes
             start += tier.dims
         return tuple(plans)

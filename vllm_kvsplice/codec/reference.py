@@ -164,9 +164,8 @@ def write_side(
         else:
             codes, scale, zero = quantize(part, tier.bits)
             stored = pack(codes, tier.bits)
-            for offset, value in ((tier.scale_offset, scale), (tier.zero_offset, zero)):
-                if value is not None:
-                    _plane(kv_cache, offset, 2)[block, :, row] = value.unsqueeze(-1).contiguous().view(torch.uint8)
+            pair = torch.stack([scale] if zero is None else [scale, zero], dim=-1)
+            _plane(kv_cache, tier.scale_offset, 2 * pair.shape[-1])[block, :, row] = pair.view(torch.uint8)
         _plane(kv_cache, tier.codes_offset, stored.shape[-1])[block, :, row] = stored
 
 
@@ -180,12 +179,9 @@ def read_side(
         if tier.bits == 16:
             parts.append(raw.view(wide_dtype).to(dtype))
             continue
-        scale, zero = (
-            None if offset < 0 else _plane(kv_cache, offset, 2)[block_ids].contiguous().view(torch.float16).squeeze(-1)
-            for offset in (tier.scale_offset, tier.zero_offset)
-        )
-        assert scale is not None
-        parts.append(dequantize(unpack(raw, tier.bits), scale, zero, dtype))
+        pair = _plane(kv_cache, tier.scale_offset, 2 if tier.bits == 8 else 4)[block_ids].contiguous()
+        scale, *zero = pair.view(torch.float16).unbind(-1)
+        parts.append(dequantize(unpack(raw, tier.bits), scale, zero[0] if zero else None, dtype))
     z = torch.cat(parts, dim=-1)  # [n, H, block_size, rank]
     return z.transpose(0, 1).flatten(1, 2)
 
