@@ -2,11 +2,13 @@
 """Stage 1 of attention over compressed pages: one program for (tile of queries, KV head, split of the keys).
 
 In: q_latent and q_bias of project_query, pages that cache_write filled. Out: (latent, lse) of every split for
-reduce_expand. Meaning: reference.attend. A program's rows are the query tokens of its tile times the heads that share
+reduce_expand. Meaning: reference.attend. A program's columns are the query tokens of its tile times the heads that share
 the KV head, so decode steps, speculative tokens and chunked prefill take the same path.
 
-Scales never touch elements: K adds scale * (q.codes) + zero * sum(q) to a logit; V multiplies p by the scale before the
-dot and adds p * zero once for all dimensions of a tier. The logic follows Flash-Decoding,
+Tokens are the rows of both dots, S^T = K q^T and z^T = V^T p^T, so that one warp holds 8 query heads without padding them
+to 16 (operands.py has the operands). Queries are pairs of int8, high and low, about 15 bits of each row's greatest
+magnitude. Scales never touch elements: K adds scale * (q.codes) + zero * sum(q) to a logit; V multiplies p by the scale
+before the dot and adds p * zero once for all dimensions of a tier. The logic follows Flash-Decoding,
 https://pytorch.org/blog/flash-decoding/, with the exponent taken in base 2.
 """
 
@@ -16,34 +18,42 @@ import triton.language as tl
 from torch import Tensor
 
 from kvsplice_kernels.checks import check_cache, check_dense, wide_type
-from kvsplice_kernels.packing import (
-    dot,
-    floor_power_of_two,
-    inverse_power_of_two,
-    load_block,
-    load_codes,
+from kvsplice_kernels.operands import (
+    SUB,
+    folded,
+    halves,
+    key_codes,
+    key_depth,
+    key_first,
+    key_index,
+    key_parts,
+    load_keys,
     load_scales,
-    operand,
-    own_columns,
-    page_of,
-    part_dims,
-    to_float,
+    load_value_pairs,
+    load_values,
+    pages_of,
+    query_index,
+    scale_of,
+    value_codes,
+    value_factor,
+    value_first,
+    value_index,
+    value_parts,
+    value_rows,
+    word_width,
+    zero_of,
 )
-from kvsplice_kernels.plan import (
-    Plan,
-    chunk_pad,
-    chunk_part,
-    has_zero,
-    num_chunks,
-    num_parts,
-    num_tiers,
-    rank_of,
-    tier_bits,
-)
+from kvsplice_kernels.packing import dot, floor_power_of_two, inverse_power_of_two, page_of, round_even, to_float
+from kvsplice_kernels.pdl import launch_dependents, pdl_options, wait
+from kvsplice_kernels.plan import Plan, chunk_paired, chunk_width, has_zero, num_chunks, num_tiers, rank_of, tier_bits
 from kvsplice_kernels.query_tiles import check_requests, find_tile, num_query_tiles, request_lens
 
+TILE = 32  # tokens of a key tile
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+HIGH = tl.constexpr(63.5)  # q in units of a power of two not above its greatest magnitude: |q| < 2, |high| <= 127
+LOW = tl.constexpr(254)
+Q_STEP = tl.constexpr(1 / (63.5 * 254))
 # p * scale fills fp16 up to 2**15: tokens whose scale is 2**-29 of the greatest one still count.
 HEADROOM = tl.constexpr(16384.0)
 
@@ -51,190 +61,221 @@ HEADROOM = tl.constexpr(16384.0)
 # ---------------------------------------------------------------- queries
 @triton.jit
 def _load_query(q_ptrs, row_ok, PLAN: tl.constexpr):
-    """q_latent as fp32 parts [M, PAD], and the power of two below each row's greatest magnitude [M]."""
+    """q_latent as fp32 parts [N, PAD / 16, 16], and the power of two below each row's greatest magnitude [N].
+
+    In this order a thread loads what the dot's operand wants of it, four neighbours in each 16, so that turning the part
+    into [PAD, N] moves nothing. It would be moved again for every tile: Triton 3.6 sinks such moves into loops.
+    """
     parts = ()
     greatest = tl.zeros(row_ok.shape, tl.float32)
     for t in tl.static_range(num_tiers(PLAN)):
         for c in tl.static_range(num_chunks(PLAN, t)):
-            for i in tl.static_range(num_parts(PLAN, t)):
-                dims = part_dims(i, PLAN, t, c)
-                inside = own_columns(PLAN, t, c)
-                q = tl.load(q_ptrs[:, None] + dims[None, :], mask=row_ok[:, None] & inside[None, :], other=0.0)
-                greatest = tl.maximum(greatest, tl.max(tl.abs(q), 1))
+            for i in tl.static_range(key_parts(PLAN, t)):
+                k = tl.arange(0, 16)[None, None, :] + 16 * tl.arange(0, key_depth(PLAN, t, c) // 16)[None, :, None]
+                inside = row_ok[:, None, None] & (k < chunk_width(PLAN, t, c))
+                q = tl.load(q_ptrs[:, None, None] + (key_first(PLAN, t, c, i) + k), mask=inside, other=0.0)
+                greatest = tl.maximum(greatest, tl.max(tl.max(tl.abs(q), 2), 1))
                 parts = parts + (q,)
     return parts, floor_power_of_two(greatest)
 
 
 @triton.jit
 def _cast_query(parts, unit, PLAN: tl.constexpr, WIDE: tl.constexpr):
-    """Rows in units of ``unit`` (exact) as dot operands, and for each tier their sum as rounded [M]."""
-    inverse = inverse_power_of_two(unit)[:, None]
+    """Operands in steps of unit * Q_STEP, (high, low) int8 of every part, or one float of ``unit`` at 16 bits; and for
+    each tier their sum as rounded, in steps [N]."""
+    inverse = inverse_power_of_two(unit)[:, None, None]
     cast, sums = (), ()
     for t in tl.static_range(num_tiers(PLAN)):
         total = tl.zeros(unit.shape, tl.float32)
         for c in tl.static_range(num_chunks(PLAN, t)):
-            for i in tl.static_range(num_parts(PLAN, t)):
-                q = parts[chunk_part(PLAN, t, c) + i] * inverse
-                q = to_float(q, WIDE if tier_bits(PLAN, t) == 16 else tl.float16)
-                total += tl.sum(q.to(tl.float32), 1)
-                cast = cast + (q,)
+            for i in tl.static_range(key_parts(PLAN, t)):
+                q = parts[key_index(PLAN, t, c) + i] * inverse
+                if tier_bits(PLAN, t) == 16:
+                    cast = cast + (_operand(to_float(q, WIDE)),)
+                else:
+                    high = round_even(q * HIGH)
+                    low = round_even((q * HIGH - high) * LOW)
+                    total += tl.sum(tl.sum(high * LOW + low, 2), 1)
+                    cast = cast + (_operand(high.to(tl.int8)), _operand(low.to(tl.int8)))
         sums = sums + (total,)
     return cast, sums
 
 
+@triton.jit
+def _operand(q):
+    """[N, PAD / 16, 16] -> [PAD, N]."""
+    return tl.reshape(tl.permute(q, (1, 2, 0)), [q.shape[1] * 16, q.shape[0]])
+
+
 # ---------------------------------------------------------------- keys
 @triton.jit
-def _tier_logits(x, q, q_sum, page, row, valid, scale, zero, PLAN: tl.constexpr, t: tl.constexpr, WIDE: tl.constexpr):
-    """x [M, TILE] plus one tier's share of q.k^. K is loaded as [dims, tokens], the orientation the dot wants."""
-    u = tl.zeros(x.shape, tl.float32)
-    for c in tl.static_range(num_chunks(PLAN, t)):
-        raw = load_codes(page, row, valid, PLAN, t, c, WIDE, True)
-        for i in tl.static_range(num_parts(PLAN, t)):
-            u = dot(q[chunk_part(PLAN, t, c) + i], operand(raw, i, PLAN, t), u, "ieee")
+def _tier_logits(x, q, q_sum, page, row, valid, raw, PLAN: tl.constexpr, t: tl.constexpr, WIDE: tl.constexpr):
+    """x [TILE, N] plus one tier's share of q.k^, in steps of the query."""
     if tier_bits(PLAN, t) == 16:
-        return x + u
-    else:  # scales of foreign rows may be NaN: select, the codes are finite whatever the bytes
-        x += u * tl.where(valid, scale, 0.0).to(tl.float32)[None, :]
+        u = tl.zeros(x.shape, tl.float32)
+        for c in tl.static_range(num_chunks(PLAN, t)):
+            k = load_keys(page, row, valid, PLAN, t, c, WIDE)
+            u = dot(k, q[query_index(PLAN, t, c)], u, "ieee")
+        return x + u * (1.0 / Q_STEP)
+    else:
+        high, low = tl.zeros(x.shape, tl.int32), tl.zeros(x.shape, tl.int32)
+        for c in tl.static_range(num_chunks(PLAN, t)):
+            k = load_keys(page, row, valid, PLAN, t, c, WIDE)
+            for i in tl.static_range(key_parts(PLAN, t)):
+                codes = key_codes(k, i, PLAN, t)
+                high = tl.dot(codes, q[query_index(PLAN, t, c) + 2 * i], high, out_dtype=tl.int32)
+                low = tl.dot(codes, q[query_index(PLAN, t, c) + 2 * i + 1], low, out_dtype=tl.int32)
         if has_zero(PLAN, t):
-            x += q_sum[:, None] * tl.where(valid, zero, 0.0).to(tl.float32)[None, :]
-        return x
+            x += q_sum[None, :] * zero_of(raw)[:, None]
+        return x + (high * LOW + low).to(tl.float32) * scale_of(raw)[:, None]
+
+
+@triton.jit
+def _logits(
+    q, q_sums, page, row, position, valid, q_position,
+    ONE_QUERY: tl.constexpr, WINDOW: tl.constexpr, PLAN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """q.k^ of a tile [TILE, N] in steps of the query, -inf where a token is not seen."""
+    raw = load_scales(page, row, valid, PLAN)
+    if ONE_QUERY:
+        bias = tl.where(valid, 0.0, float("-inf"))
+        x = tl.broadcast_to(bias[:, None], [position.shape[0], q_position.shape[0]])
+    else:
+        distance = q_position[None, :] - position[:, None]
+        seen = (distance >= 0) & valid[:, None]
+        if WINDOW > 0:
+            seen = seen & (distance < WINDOW)
+        x = tl.where(seen, 0.0, float("-inf"))
+    for t in tl.static_range(num_tiers(PLAN)):
+        x = _tier_logits(x, q, q_sums[t], page, row, valid, raw[t], PLAN, t, WIDE)
+    return x
 
 
 # ---------------------------------------------------------------- values
 @triton.jit
-def _init_values(PLAN: tl.constexpr, M: tl.constexpr):
-    """(accumulators [M, PAD] of every part, zero-point sums [M] of every tier, scale units of every tier)."""
-    acc, zero_sum, units = (), (), ()
+def _init_values(PLAN: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr):
+    """(accumulators [rows, N] of every operand, zero-point sums [TILE, N] of every tier)."""
+    acc, zero_sums = (), ()
     for t in tl.static_range(num_tiers(PLAN)):
         for c in tl.static_range(num_chunks(PLAN, t)):
-            for _ in tl.static_range(num_parts(PLAN, t)):
-                acc = acc + (tl.zeros([M, chunk_pad(PLAN, t, c)], tl.float32),)
-        zero_sum = zero_sum + (tl.zeros([M], tl.float32),)
-        units = units + (floor_power_of_two(tl.max(tl.zeros([M], tl.float32), 0)),)
-    return acc, zero_sum, units
+            for _ in tl.static_range(value_parts(PLAN, t) * (2 if chunk_paired(PLAN, t, c) else 1)):
+                acc = acc + (tl.zeros([value_rows(PLAN, t, c), N], tl.float32),)
+        zero_sums = zero_sums + (tl.zeros([TILE, N], tl.float32),)
+    return acc, zero_sums
 
 
 @triton.jit
-def _weigh(p, alpha, unit, valid, scale, PLAN: tl.constexpr, t: tl.constexpr, WIDE: tl.constexpr):
-    """p * scale as a dot operand in units of ``unit``, the greatest scale so far down to a power of two.
+def _greatest_scale(unit, raw, PLAN: tl.constexpr):
+    """The greatest scale of V so far, over all tiers, down to a power of two."""
+    for t in tl.static_range(num_tiers(PLAN)):
+        if tier_bits(PLAN, t) < 16:  # the bits of positive floats rise with the number
+            unit = tl.maximum(unit, floor_power_of_two(scale_of(tl.max(raw[t], 0))))
+    return unit
 
-    Returns (operand [M, TILE], factor [M] for what was accumulated before, new unit).
-    """
-    if tier_bits(PLAN, t) == 16:
-        return to_float(p * HEADROOM, WIDE), alpha, unit
-    else:
-        s = tl.where(valid, scale, 0.0).to(tl.float32)
-        new_unit = tl.maximum(unit, floor_power_of_two(tl.max(s, 0)))
-        inverse = inverse_power_of_two(new_unit)
-        return (p * (s * (inverse * HEADROOM))[None, :]).to(tl.float16), alpha * (unit * inverse), new_unit
+
+@triton.jit
+def _scaled(acc, factor, wide_factor, PLAN: tl.constexpr):
+    """Accumulators times a factor [N]; those of 16-bit tiers, which know no unit, times another."""
+    new = ()
+    for t in tl.static_range(num_tiers(PLAN)):
+        for c in tl.static_range(num_chunks(PLAN, t)):
+            for i in tl.static_range(value_parts(PLAN, t) * (2 if chunk_paired(PLAN, t, c) else 1)):
+                f = wide_factor if tier_bits(PLAN, t) == 16 else factor
+                new = new + (acc[value_index(PLAN, t, c) + i] * f[None, :],)
+    return new
 
 
 @triton.jit
 def _add_values(
-    acc, zero_sum, unit, p, alpha, page, row, valid, scale, zero,
-    PLAN: tl.constexpr, t: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """One tier's share of sum_t p_t z_t: its accumulators, its zero-point sum and its unit, all moved on by one tile."""
-    weights, factor, unit = _weigh(p, alpha, unit, valid, scale, PLAN, t, WIDE)
+    acc, p, inverse_unit, page, row, pair_page, pair_row, valid, raw, PLAN: tl.constexpr, WIDE: tl.constexpr
+):
+    """A tile's share of sum_t p_t z_t: p [TILE, N] times scales in their unit, dotted with the codes."""
     new = ()
-    for c in tl.static_range(num_chunks(PLAN, t)):
-        raw = load_codes(page, row, valid, PLAN, t, c, WIDE, False)
-        for i in tl.static_range(num_parts(PLAN, t)):
-            old = acc[chunk_part(PLAN, t, c) + i] * factor[:, None]
-            new = new + (dot(weights, operand(raw, i, PLAN, t), old, "ieee"),)
-    if has_zero(PLAN, t):
-        z = tl.where(valid, zero, 0.0).to(tl.float32)
-        zero_sum = zero_sum * alpha + tl.sum(p * z[None, :], 1)
-    return new, zero_sum, unit
+    in_unit = p * (inverse_unit * HEADROOM)
+    for t in tl.static_range(num_tiers(PLAN)):
+        if tier_bits(PLAN, t) == 16:
+            weights = to_float(p * HEADROOM, WIDE)
+        else:
+            weights = (in_unit * scale_of(raw[t])[:, None]).to(tl.float16)
+        for c in tl.static_range(num_chunks(PLAN, t)):
+            if chunk_paired(PLAN, t, c):
+                words = load_value_pairs(pair_page, pair_row, PLAN, t, c)
+                first, second = halves(weights)
+                for i in tl.static_range(value_parts(PLAN, t)):
+                    codes = value_codes(words, i, PLAN, t)
+                    new = new + (dot(codes, first, acc[value_index(PLAN, t, c) + 2 * i], "ieee"),)
+                    new = new + (dot(codes, second, acc[value_index(PLAN, t, c) + 2 * i + 1], "ieee"),)
+            else:
+                words = load_values(page, row, valid, PLAN, t, c, WIDE)
+                for i in tl.static_range(value_parts(PLAN, t)):
+                    codes = value_codes(words, i, PLAN, t)
+                    new = new + (dot(codes, weights, acc[value_index(PLAN, t, c) + i], "ieee"),)
+    return new
 
 
 @triton.jit
-def _store_latent(latent_ptrs, row_ok, acc, zero_sum, units, inverse_sum, PLAN: tl.constexpr):
+def _add_zeros(zero_sums, p, alpha, raw, PLAN: tl.constexpr):
+    """Sums of p * zero by tier, still [TILE, N]: they are added up over the tokens once, at the end."""
+    new = ()
+    for t in tl.static_range(num_tiers(PLAN)):
+        if has_zero(PLAN, t):
+            new = new + (zero_sums[t] * alpha[None, :] + p * zero_of(raw[t])[:, None],)
+        else:
+            new = new + (zero_sums[t],)
+    return new
+
+
+@triton.jit
+def _store_latent(latent_ptrs, row_ok, acc, zero_sums, unit, inverse_sum, PLAN: tl.constexpr):
     """Normalise and store the split's latent, zero points added."""
     for t in tl.static_range(num_tiers(PLAN)):
-        unit = units[t] / HEADROOM if tier_bits(PLAN, t) < 16 else 1.0 / HEADROOM
+        zero_sum = tl.sum(zero_sums[t], 0)
+        step = 1 if tier_bits(PLAN, t) == 16 else 2
         for c in tl.static_range(num_chunks(PLAN, t)):
-            for i in tl.static_range(num_parts(PLAN, t)):
-                dims = part_dims(i, PLAN, t, c)
-                inside = own_columns(PLAN, t, c)
-                z = acc[chunk_part(PLAN, t, c) + i] * unit + zero_sum[t][:, None]
-                mask = row_ok[:, None] & inside[None, :]
-                tl.store(latent_ptrs[:, None] + dims[None, :], z * inverse_sum[:, None], mask=mask)
+            for i in tl.static_range(value_parts(PLAN, t)):
+                if chunk_paired(PLAN, t, c):
+                    first = acc[value_index(PLAN, t, c) + 2 * i]
+                    z = folded(first, acc[value_index(PLAN, t, c) + 2 * i + 1])
+                else:
+                    z = acc[value_index(PLAN, t, c) + i]
+                row = tl.arange(0, z.shape[0])
+                factor = (unit if tier_bits(PLAN, t) < 16 else 1.0) * (1.0 / (HEADROOM * value_factor(PLAN, t, i)))
+                z = (z * factor + zero_sum[None, :]) * inverse_sum[None, :]
+                mask = row_ok[None, :] & (row < word_width(PLAN, t, c))[:, None]
+                ptrs = latent_ptrs[None, :] + (value_first(PLAN, t, c, i) + step * row)[:, None]
+                tl.store(ptrs, z, mask=mask)
 
 
 # ---------------------------------------------------------------- one program
 @triton.jit
-def _softmax_step(x, m, row_sum):
-    """One tile of online softmax in base 2: (p, factor for what was accumulated, new maximum, new sum)."""
-    new_m = tl.maximum(m, tl.max(x, 1))
-    safe_m = tl.where(new_m == float("-inf"), 0.0, new_m)
-    alpha = tl.exp2(m - safe_m)
-    p = tl.exp2(x - safe_m[:, None])
-    return p, alpha, new_m, row_sum * alpha + tl.sum(p, 1)
+def _load_blocks(table_ptr, tile, first, end, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Block ids of a tile's sub-tiles, or of the whole tile if it lies in one page; 0 where no token of [first, end)."""
+    blocks = ()
+    STEP: tl.constexpr = TILE if BLOCK_SIZE % TILE == 0 else SUB
+    for s in tl.static_range(TILE // STEP):
+        position = tile * TILE + s * STEP
+        wanted = (position + STEP > first) & (position < end)
+        blocks = blocks + (tl.load(table_ptr + position // BLOCK_SIZE, mask=wanted, other=0),)
+    return blocks
 
 
 @triton.jit
-def _attend(
-    q_ptrs, row_ok, q_position, bias, cache_ptr, table_ptr, latent_ptrs, lse_ptrs,
-    stride_block, scale, soft_cap, first_token, end_token, tile, last_tile,
-    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, WIDE: tl.constexpr,
-    K_PLAN: tl.constexpr, V_PLAN: tl.constexpr,
-    M: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Attend the rows to the tokens [first_token, end_token) of the tiles [tile, last_tile) and store (latent, lse)."""
-    parts, q_unit = _load_query(q_ptrs, row_ok, K_PLAN)
-    q, q_sums = _cast_query(parts, q_unit, K_PLAN, WIDE)
-    acc, zero_sum, units = _init_values(V_PLAN, M)
-    m = tl.full([M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([M], tl.float32)
-    t = tl.arange(0, TILE)
-    # Block ids and scales are loaded a tile ahead into registers: too narrow for asynchronous copies.
-    block = load_block(table_ptr, tile, first_token, end_token, TILE, BLOCK_SIZE)
-    page = page_of(cache_ptr, block, stride_block)
-    k_scales = load_scales(page, (tile * TILE + t) % BLOCK_SIZE, K_PLAN)
-    v_scales = load_scales(page, (tile * TILE + t) % BLOCK_SIZE, V_PLAN)
-    block = load_block(table_ptr, tile + 1, first_token, end_token, TILE, BLOCK_SIZE)
-    for i in range(tile, last_tile):
-        position = i * TILE + t
-        row = position % BLOCK_SIZE
-        valid = (position >= first_token) & (position < end_token)
-        next_page = page_of(cache_ptr, block, stride_block)
-        next_k = load_scales(next_page, (position + TILE) % BLOCK_SIZE, K_PLAN)
-        next_v = load_scales(next_page, (position + TILE) % BLOCK_SIZE, V_PLAN)
-        block = load_block(table_ptr, i + 2, first_token, end_token, TILE, BLOCK_SIZE)
+def _pages(cache_ptr, blocks, stride_block):
+    """Page pointers of block ids."""
+    pages = ()
+    for s in tl.static_range(len(blocks)):
+        pages = pages + (page_of(cache_ptr, blocks[s], stride_block),)
+    return pages
 
-        x = tl.zeros([M, TILE], tl.float32)
-        for j in tl.static_range(num_tiers(K_PLAN)):
-            x = _tier_logits(x, q, q_sums[j], page, row, valid, k_scales[2 * j], k_scales[2 * j + 1], K_PLAN, j, WIDE)
-        if SOFT_CAP:
-            x = (x * q_unit[:, None] + bias[:, None]) * (scale / soft_cap)
-            x = _tanh(x) * (soft_cap * LOG2E)
-        else:
-            x = x * (q_unit * (scale * LOG2E))[:, None]
-        distance = q_position[:, None] - position[None, :]
-        seen = (distance >= 0) & valid[None, :]
-        if WINDOW > 0:
-            seen = seen & (distance < WINDOW)
-        p, alpha, m, row_sum = _softmax_step(tl.where(seen, x, float("-inf")), m, row_sum)
 
-        new_acc, new_zero_sum, new_units = (), (), ()
-        for j in tl.static_range(num_tiers(V_PLAN)):
-            part, z, unit = _add_values(
-                acc, zero_sum[j], units[j], p, alpha, page, row, valid, v_scales[2 * j], v_scales[2 * j + 1],
-                V_PLAN, j, WIDE,
-            )  # fmt: skip
-            new_acc, new_zero_sum, new_units = new_acc + part, new_zero_sum + (z,), new_units + (unit,)
-        acc, zero_sum, units = new_acc, new_zero_sum, new_units
-        page, k_scales, v_scales = next_page, next_k, next_v
-
-    any_seen = row_sum > 0
-    safe_sum = tl.where(any_seen, row_sum, 1.0)
-    lse = m * LN2 + tl.log(safe_sum)
-    if not SOFT_CAP:
-        lse += bias * scale
-    tl.store(lse_ptrs, tl.where(any_seen, lse, float("-inf")), mask=row_ok)
-    inverse_sum = tl.where(any_seen, 1.0 / safe_sum, 0.0)
-    _store_latent(latent_ptrs, row_ok, acc, zero_sum, units, inverse_sum, V_PLAN)
+@triton.jit
+def _softmax_step(x, m, factor):
+    """One tile of online softmax in base 2, x [TILE, N] in units of 1 / factor: (p, factor for what was accumulated, new
+    maximum in x's units)."""
+    new_m = tl.maximum(m, tl.max(x, 0))
+    shift = tl.where(new_m == float("-inf"), 0.0, new_m) * factor
+    alpha = tl.exp2(m * factor - shift)
+    return tl.exp2(x * factor[None, :] - shift[None, :]), alpha, new_m
 
 
 @triton.jit
@@ -242,6 +283,70 @@ def _tanh(x):
     e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     y = (1.0 - e) / (1.0 + e)
     return tl.where(x < 0, -y, y)
+
+
+@triton.jit
+def _capped(x, factor, bias, soft_cap):
+    """soft_cap * tanh(logit / soft_cap) in units of 1 / factor, -inf kept."""
+    capped = _tanh((x * factor[None, :] + bias[None, :]) / soft_cap) * soft_cap
+    return tl.where(x == float("-inf"), float("-inf"), capped)
+
+
+@triton.jit
+def _attend(
+    q_ptrs, row_ok, q_position, bias, cache_ptr, table_ptr, latent_ptrs, lse_ptrs,
+    stride_block, scale, soft_cap, first_token, end_token, tile, last_tile,
+    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, WIDE: tl.constexpr,
+    ONE_QUERY: tl.constexpr, K_PLAN: tl.constexpr, V_PLAN: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Attend the rows to the tokens [first_token, end_token) of the tiles [tile, last_tile) and store (latent, lse)."""
+    parts, q_unit = _load_query(q_ptrs, row_ok, K_PLAN)
+    q, q_sums = _cast_query(parts, q_unit, K_PLAN, WIDE)
+    step = q_unit * (Q_STEP * scale)  # of a logit
+    factor = step * LOG2E
+    if SOFT_CAP:
+        factor = tl.full([N], LOG2E, tl.float32)
+    acc, zero_sums = _init_values(V_PLAN, N, TILE)
+    unit = floor_power_of_two(tl.max(tl.zeros([SUB], tl.float32), 0))
+    m = tl.full([N], float("-inf"), tl.float32)
+    row_sum = tl.zeros([TILE, N], tl.float32)
+    token = tl.arange(0, TILE)
+    pair = tl.arange(0, TILE // 2)
+    pair_token = pair // 8 * 16 + pair % 8
+    # Block ids are loaded two tiles ahead: the asynchronous copies of the next tile must know their pages.
+    pages = _pages(cache_ptr, _load_blocks(table_ptr, tile, first_token, end_token, TILE, BLOCK_SIZE), stride_block)
+    blocks = _load_blocks(table_ptr, tile + 1, first_token, end_token, TILE, BLOCK_SIZE)
+    for i in range(tile, last_tile):
+        page, pair_page = pages_of(pages, token), pages_of(pages, pair_token)
+        pages = _pages(cache_ptr, blocks, stride_block)
+        blocks = _load_blocks(table_ptr, i + 2, first_token, end_token, TILE, BLOCK_SIZE)
+        position = i * TILE + token
+        row = position % BLOCK_SIZE
+        valid = (position >= first_token) & (position < end_token)
+        x = _logits(q, q_sums, page, row, position, valid, q_position, ONE_QUERY, WINDOW, K_PLAN, WIDE)
+        if SOFT_CAP:
+            x = _capped(x, step, bias * scale, soft_cap)
+        p, alpha, m = _softmax_step(x, m, factor)
+        row_sum = row_sum * alpha[None, :] + p
+
+        raw = load_scales(page, row, valid, V_PLAN)
+        new_unit = _greatest_scale(unit, raw, V_PLAN)
+        inverse_unit = inverse_power_of_two(new_unit)
+        acc = _scaled(acc, alpha * (unit * inverse_unit), alpha, V_PLAN)
+        pair_row = (i * TILE + pair_token) % BLOCK_SIZE
+        acc = _add_values(acc, p, inverse_unit, page, row, pair_page, pair_row, valid, raw, V_PLAN, WIDE)
+        zero_sums = _add_zeros(zero_sums, p, alpha, raw, V_PLAN)
+        unit = new_unit
+
+    total = tl.sum(row_sum, 0)
+    any_seen = total > 0
+    safe_sum = tl.where(any_seen, total, 1.0)
+    lse = m * factor * LN2 + tl.log(safe_sum)
+    if not SOFT_CAP:
+        lse += bias * scale
+    tl.store(lse_ptrs, tl.where(any_seen, lse, float("-inf")), mask=row_ok)
+    inverse_sum = tl.where(any_seen, 1.0 / safe_sum, 0.0)
+    _store_latent(latent_ptrs, row_ok, acc, zero_sums, unit, inverse_sum, V_PLAN)
 
 
 @triton.jit(
@@ -263,8 +368,10 @@ def decode_kernel(
     SKIP_FIRST_CHUNKS: tl.constexpr, ONE_TILE: tl.constexpr,
     K_RANK: tl.constexpr, K_PLAN: tl.constexpr,
     V_RANK: tl.constexpr, V_PLAN: tl.constexpr,
-    TILE_TOKENS: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr,
+    TILE_TOKENS: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait(PDL)
+    launch_dependents(PDL)
     split, kv_head = tl.program_id(0) % num_splits, tl.program_id(1)
     request, first_query = find_tile(
         tl.program_id(0) // num_splits, query_start_loc_ptr, num_reqs, TILE_TOKENS, ONE_TILE
@@ -274,7 +381,7 @@ def decode_kernel(
     if SKIP_FIRST_CHUNKS:
         live = live & (seq_len != query_len)
     if live:
-        r = tl.arange(0, M)
+        r = tl.arange(0, N)
         query = first_query + r // GROUP
         row_ok = (r < TILE_TOKENS * GROUP) & (query < query_len)
         row = (start + query).to(tl.int64) * (tl.num_programs(1) * GROUP) + kv_head * GROUP + r % GROUP
@@ -296,23 +403,17 @@ def decode_kernel(
                 block_table_ptr + request.to(tl.int64) * stride_table,
                 latent_ptr + (row * num_splits + split) * V_RANK, lse_ptrs,
                 stride_block, scale, soft_cap, first_token, end_token, tile, last_tile,
-                BLOCK_SIZE, WINDOW, SOFT_CAP, WIDE, K_PLAN, V_PLAN, M, TILE,
+                BLOCK_SIZE, WINDOW, SOFT_CAP, WIDE, TILE_TOKENS == 1, K_PLAN, V_PLAN, N, TILE,
             )  # fmt: skip
         else:
-            tl.store(lse_ptrs, tl.full([M], float("-inf"), tl.float32), mask=row_ok)
+            tl.store(lse_ptrs, tl.full([N], float("-inf"), tl.float32), mask=row_ok)
 
 
 # ---------------------------------------------------------------- launcher
-def query_tile(group: int, max_query_len: int, ranks: int) -> tuple[int, int]:
-    """(query tokens of a tile, rows of its dot): as many tokens as fill 64 rows, no more than a request has.
-
-    16 rows where K and V have more than 256 latent dimensions together: there the 64-row program that Triton 3.6 makes
-    for sm_90 attends wrongly (tests/gpu_check.py, prefill-256, H200, 2026-11-24); 16-row programs of that width were right
-    there (2-bit-tiers-256).
-    """
-    rows = 64 if ranks <= 256 else 16
-    tokens = min(triton.next_power_of_2(max_query_len), max(1, rows // group))  # few variants to compile
-    return tokens, max(16, triton.next_power_of_2(tokens * group))
+def query_tile(group: int, max_query_len: int) -> tuple[int, int]:
+    """(query tokens of a tile, columns of its dots): as many tokens as fill 64 columns, no more than a request has."""
+    tokens = min(triton.next_power_of_2(max_query_len), max(1, 64 // group))  # few variants to compile
+    return tokens, max(8, triton.next_power_of_2(tokens * group))
 
 
 def decode(
@@ -345,7 +446,7 @@ def decode(
         kv_cache: [num_blocks, H, block_size, C] uint8. k_plan, v_plan: LatentLayout.plan("k" | "v", block_size).
         block_table: [B, max_blocks] int32. seq_lens: [B] int32, new tokens included. query_start_loc: [B + 1] int32.
         latent: [T, num_heads, num_splits, v_rank] fp32. lse: [T, num_heads, num_splits] fp32, natural log.
-        scale: softmax scale. max_query_len: upper bound of the requests' query tokens.
+        scale: softmax scale, positive. max_query_len: upper bound of the requests' query tokens.
         sliding_window: a query sees keys at distance < sliding_window. soft_cap: logits become cap * tanh(logit / cap).
         wide_dtype: of 16-bit tiers.
     Raises:
@@ -363,7 +464,7 @@ def decode(
         raise ValueError(f"q_latent: expected a multiple of {H} heads, got {num_heads}")
     if T == 0 or num_reqs == 0:
         return
-    tile_tokens, rows = query_tile(num_heads // H, max_query_len, k_rank + v_rank)
+    tile_tokens, columns = query_tile(num_heads // H, max_query_len)
     tiles = num_query_tiles(T, num_reqs, max_query_len, tile_tokens)
     decode_kernel[(tiles * num_splits, H)](
         q_latent, q_bias, kv_cache, block_table, seq_lens, query_start_loc, latent, lse,
@@ -371,14 +472,12 @@ def decode(
         GROUP=num_heads // H, BLOCK_SIZE=block_size, WINDOW=sliding_window or 0, SOFT_CAP=bool(soft_cap),
         WIDE=wide_type(wide_dtype), SKIP_FIRST_CHUNKS=skip_first_chunks, ONE_TILE=max_query_len <= tile_tokens,
         K_RANK=k_rank, K_PLAN=k_plan, V_RANK=v_rank, V_PLAN=v_plan,
-        TILE_TOKENS=tile_tokens, M=rows, **launch_shape(rows, k_rank + v_rank),
+        TILE_TOKENS=tile_tokens, N=columns, TILE=TILE, **launch_shape(columns, k_rank + v_rank),
+        **pdl_options(q_latent.device),
     )  # fmt: skip
 
 
-def launch_shape(rows: int, ranks: int) -> dict[str, int]:
-    """Tokens of a key tile and launch options: a warp for 16 rows, as more would only hold copies of them.
-
-    Tiles are as large as registers allow (ptxas, sm_90): from 64 rows on, or a k_rank + v_rank above 256, 64 spills much.
-    """
-    tile = 64 if rows <= 32 and ranks <= 256 else 32
-    return {"TILE": tile, "num_warps": min(8, rows // 16), "num_stages": 3 if rows == 16 else 2}
+def launch_shape(columns: int, ranks: int) -> dict[str, int]:
+    """Launch options: a warp for every 16 columns. Ten warps of 200 registers fit a multiprocessor, eight without a limit."""
+    options = {"num_warps": max(1, columns // 16), "num_stages": 3}
+    return options | {"maxnreg": 200} if columns <= 8 and ranks <= 256 else options

@@ -9,11 +9,14 @@ import triton
 import triton.language as tl
 
 from kvsplice_kernels.plan import (
+    block_size_of,
     chunk_col,
     chunk_pad,
+    chunk_paired,
     chunk_width,
     codes_offset,
     has_zero,
+    num_chunks,
     num_tiers,
     scale_offset,
     tier_bits,
@@ -175,15 +178,37 @@ def code_ptrs(
     plane = page + codes_offset(PLAN, t)
     if tier_bits(PLAN, t) == 16:
         plane = plane.to(tl.pointer_type(WIDE))
-    col = chunk_col(PLAN, t, c) + tl.arange(0, chunk_pad(PLAN, t, c))
+    plane += block_size_of(PLAN, t) * chunk_col(PLAN, t, c)
+    row = unit_of(row, PLAN, t, c)
+    col = tl.arange(0, chunk_pad(PLAN, t, c))
     if TRANSPOSED:
         if len(page.shape) == 1:
             plane = plane[None, :]
-        return plane + (row[None, :] * tier_row(PLAN, t) + col[:, None])
+        return plane + (row[None, :] * chunk_width(PLAN, t, c) + col[:, None])
     else:
         if len(page.shape) == 1:
             plane = plane[:, None]
-        return plane + (row[:, None] * tier_row(PLAN, t) + col[None, :])
+        return plane + (row[:, None] * chunk_width(PLAN, t, c) + col[None, :])
+
+
+@triton.jit
+def unit_of(row, PLAN: tl.constexpr, t: tl.constexpr, c: tl.constexpr):
+    """Place of a block's tokens ``row`` in a chunk's plane: layout.unit_of, or the token itself."""
+    if chunk_paired(PLAN, t, c):
+        return row // 16 * 16 + row % 8 * 2 + row % 16 // 8
+    else:
+        return row
+
+
+@triton.jit
+def code_offsets(row, col, PLAN: tl.constexpr, t: tl.constexpr):
+    """Elements from the start of a tier's codes to columns ``col`` of its row of tokens ``row``, whatever their chunks."""
+    offsets = unit_of(row, PLAN, t, 0) * chunk_width(PLAN, t, 0) + col
+    for c in tl.static_range(1, num_chunks(PLAN, t)):
+        first = chunk_col(PLAN, t, c)
+        here = block_size_of(PLAN, t) * first + unit_of(row, PLAN, t, c) * chunk_width(PLAN, t, c) + (col - first)
+        offsets = tl.where(col >= first, here, offsets)
+    return offsets
 
 
 @triton.jit
@@ -209,8 +234,12 @@ def load_codes(
 
 @triton.jit
 def scale_ptrs(page, row, PLAN: tl.constexpr, t: tl.constexpr):
-    """Pointers [rows] to fp16 scales; where the tier has zero points, each lies right behind its scale."""
-    return (page + scale_offset(PLAN, t)).to(tl.pointer_type(tl.float16)) + row * (2 if has_zero(PLAN, t) else 1)
+    """Pointers [rows] to fp16 scales; where the tier has zero points, each lies right before its scale."""
+    scales = (page + scale_offset(PLAN, t)).to(tl.pointer_type(tl.float16))
+    if has_zero(PLAN, t):
+        return scales + (row * 2 + 1)
+    else:
+        return scales + row
 
 
 @triton.jit
@@ -223,7 +252,7 @@ def load_scales(page, row, PLAN: tl.constexpr):
             scales = scales + (none, none)
         elif has_zero(PLAN, t):
             ptrs = scale_ptrs(page, row, PLAN, t)
-            scales = scales + (tl.load(ptrs), tl.load(ptrs + 1))
+            scales = scales + (tl.load(ptrs), tl.load(ptrs - 1))
         else:
             scales = scales + (tl.load(scale_ptrs(page, row, PLAN, t)), none)
     return scales

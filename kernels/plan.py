@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Numbers that kernels read off a tier plan while they are compiled, and launchers before.
 
-A plan is LatentLayout.plan: a tuple of (bits, dims, start, codes_offset, scale_offset), one for each stored
-tier. A tier's row of one token is bytes (16-bit words at 16 bits), cut into *chunks* with power-of-two sides, as Triton
-wants them. A byte holds ``num_parts`` codes; part i of a chunk is a run of consecutive dimensions, so that every (chunk,
+A plan is LatentLayout.plan: a tuple of (bits, dims, start, codes_offset, scale_offset, block_size, pairs), one for each stored
+tier. A tier's row of one token is bytes (16-bit words at 16 bits), cut into *chunks* of a power of two (layout.runs), each
+a plane of its own. A byte holds ``num_parts`` codes; part i of a chunk is a run of consecutive dimensions, so that every (chunk,
 part) is one operand of a dot. Kernels keep one tile for each in a flat tuple, in the order tier, chunk, part.
 """
 
@@ -49,8 +49,21 @@ def scale_offset(plan, t):
 
 
 @triton.constexpr_function
+def block_size_of(plan, t):
+    """Tokens of a block."""
+    return plan[t][5]
+
+
+@triton.constexpr_function
+def chunk_paired(plan, t, c):
+    """Whether chunk c holds its tokens in pairs, see layout.unit_of."""
+    bits, pairs = plan[t][0], plan[t][6]
+    return pairs and bits < 16 and _cut(plan[t])[c][1] == 16
+
+
+@triton.constexpr_function
 def has_zero(plan, t):
-    """Whether tier t's scale plane holds a zero point beside each scale."""
+    """Whether tier t's scale plane holds a zero point before each scale."""
     return plan[t][0] in (4, 2)
 
 
@@ -67,14 +80,12 @@ def _parts(tier):
 
 @triton.constexpr_function
 def _cut(tier):
-    """[(first element, elements, power of two)] of a row; the last chunk is padded if short, or if little is wasted."""
+    """[(first element, elements, the same padded for a dot)] of a row, as layout.runs cuts it."""
     row, cuts, col = _row(tier), [], 0
     while col < row:
-        rest = row - col
-        above = max(MIN_DOT, 1 << (rest - 1).bit_length())
-        pad = above if above == MIN_DOT or rest * 8 >= above * 7 else above // 2
-        cuts.append((col, min(rest, pad), pad))
-        col += pad
+        width = 1 << ((row - col).bit_length() - 1)
+        cuts.append((col, width, max(MIN_DOT, width)))
+        col += width
     return cuts
 
 

@@ -8,7 +8,9 @@ CUDA graph replays over more cache than L2 holds; GB are 1e9 bytes of codes and 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import subprocess
 import sys
 import time
 import traceback
@@ -20,26 +22,40 @@ from kernel_cases import (
     EXPAND,
     EXPAND_CACHED,
     LARGE,
+    PROJECT,
+    PROJECT_LARGE,
     WRITE,
     WRITE_LARGE,
     LatentLayout,
     attention,
     cache_write,
     decode,
+    encode,
     reference,
     triton,
+    write_and_project,
 )
-from kernel_checks import check_attention, check_expand_cached, check_fused_expand, check_write
+from kernel_checks import (
+    check_attention,
+    check_expand_cached,
+    check_fused_expand,
+    check_project_query,
+    check_write,
+)
 
 NUM_HEADS, H, HEAD_DIM = 28, 4, 128
 LAYOUT = LatentLayout.of(HEAD_DIM, k=[(8, 32), (4, 96)], v=[(8, 32), (4, 96)])
-SHAPES = ((64, 4096), (16, 32768), (8, 8192), (1, 32768))
+SHAPES = ((64, 4096), (256, 2048), (16, 32768), (8, 8192), (1, 32768), (1, 1024))
 COLD_BYTES = 400e6  # cache that one replay goes through at least, several times the L2 of an H200
 
 
 def all_checks() -> Iterator[tuple[str, Callable[[], None]]]:
     for name, case in (WRITE | WRITE_LARGE).items():
         yield f"cache_write {name}", lambda case=case: check_write(case)
+    for name, case in (WRITE | WRITE_LARGE | PROJECT_LARGE).items():
+        yield f"write_and_project {name}", lambda case=case: check_write(case, fused=True)
+    for name, case in (PROJECT | PROJECT_LARGE).items():
+        yield f"project_query {name}", lambda case=case: check_project_query(case)
     for name, case in (ATTENTION | LARGE).items():
         yield f"attention {name}", lambda case=case: check_attention(case)
     for name, args in EXPAND.items():
@@ -48,9 +64,16 @@ def all_checks() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"expand_cached {name}", lambda args=args: check_expand_cached(*args)
 
 
-def run_checks() -> int:
+def run_checks(jobs: int) -> int:
+    """Every check, dealt to processes, since compiling takes most of the time; returns how many failed."""
+    command = [sys.executable, __file__, "--only", "checks", "--jobs", "1"]
+    share = [subprocess.Popen([*command, "--share", f"{i}/{jobs}"]) for i in range(jobs)]
+    return sum(process.wait() for process in share)
+
+
+def run_share(index: int, of: int) -> int:
     failed = 0
-    for name, check in all_checks():
+    for name, check in list(all_checks())[index::of]:
         start = time.time()
         try:
             check()
@@ -120,7 +143,8 @@ def time_decode(B: int, context: int, block_size: int, copy: float) -> None:
     lens = torch.full((B,), context, dtype=torch.int32, device="cuda")
     starts = torch.arange(B + 1, dtype=torch.int32, device="cuda")
     query = torch.randn(B, NUM_HEADS, HEAD_DIM, device="cuda").bfloat16()
-    out, (_, expand, mean) = torch.empty_like(query), bases()
+    full, expand, mean = bases()
+    out, prepared = torch.empty_like(query), encode.prepare(full, expand, mean, full, expand, mean)
     k_plan, v_plan = LAYOUT.plan("k", block_size), LAYOUT.plan("v", block_size)
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     chosen = attention.choose_num_splits(B, H, context, sms)
@@ -130,8 +154,7 @@ def time_decode(B: int, context: int, block_size: int, copy: float) -> None:
 
         def both(table: torch.Tensor, splits: int = splits, work: attention.Workspace = work) -> None:
             attention.paged_attention(
-                query, cache, k_plan, v_plan, expand, mean, expand, mean, table, lens, starts, HEAD_DIM**-0.5, out,
-                1, splits, workspace=work,
+                query, cache, k_plan, v_plan, prepared, table, lens, starts, HEAD_DIM**-0.5, out, 1, splits, workspace=work
             )  # fmt: skip
 
         def stage_1(table: torch.Tensor, work: attention.Workspace = work) -> None:
@@ -155,9 +178,14 @@ def time_write(T: int, block_size: int, copy: float) -> None:
     cache = make_cache(-(-T // block_size) + 1, block_size)
     x = torch.randn(2, T, H, HEAD_DIM, device="cuda").bfloat16()
     slots = torch.randperm(T, device="cuda")
-    encode, _, mean = bases()
-    args = (x[0], x[1], cache, slots, encode, mean, encode, mean, *plans)
+    full, expand, mean = bases()
+    args = (x[0], x[1], cache, slots, encode.prepare(full, expand, mean, full, expand, mean), *plans)
     us = graph_us([lambda: cache_write.cache_write(*args)] * 10)
+    if T <= 1024:
+        query = torch.randn(T, NUM_HEADS, HEAD_DIM, device="cuda").bfloat16()
+        out = torch.empty(T, NUM_HEADS, HEAD_DIM, device="cuda"), torch.empty(T, NUM_HEADS, device="cuda")
+        both = graph_us([lambda: write_and_project.write_and_project(query, *args, *out)] * 10)
+        print(f"write_and_project tokens={T} {both:.1f} us (warm L2)", flush=True)
     moved = T * H * (4 * HEAD_DIM + LAYOUT.bytes_per_token_head)
     print(
         f"cache_write tokens={T} {us:.1f} us moved={moved / 1e6:.2f} MB {moved / us / 1e3:.0f} GB/s "
@@ -185,13 +213,18 @@ def run_times() -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Check and time the kernels on an NVIDIA GPU.")
     parser.add_argument("--only", choices=("checks", "times"))
-    only = parser.parse_args().only
+    parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes that check")
+    parser.add_argument("--share", default=None, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    only = args.only
     if not torch.cuda.is_available():
         print("no NVIDIA GPU here: expected one that torch.cuda can use")
         return 2
     torch.manual_seed(0)
+    if args.share:
+        return run_share(*map(int, args.share.split("/")))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
-    failed = (0 if only == "times" else run_checks()) + (0 if only == "checks" else run_times())
+    failed = (0 if only == "times" else run_checks(args.jobs)) + (0 if only == "checks" else run_times())
     print(f"{failed} failed" if failed else "all passed")
     return 1 if failed else 0
 

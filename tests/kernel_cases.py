@@ -52,7 +52,18 @@ with interpreter():
     with contextlib.suppress(ImportError):
         import triton.experimental.gluon  # noqa: F401  (the interpreter imports it at its first launch)
 
-    from kvsplice_kernels import attention, cache_write, decode, fused_expand, packing, reduce_expand  # noqa: F401
+    from kvsplice_kernels import (  # noqa: F401
+        attention,
+        cache_write,
+        decode,
+        encode,
+        fused_expand,
+        packing,
+        pdl,
+        project_query,
+        reduce_expand,
+        write_and_project,
+    )
 
 from vllm_kvsplice.codec import reference  # noqa: E402
 from vllm_kvsplice.codec.layout import LatentLayout  # noqa: E402
@@ -83,6 +94,7 @@ class Case:
 
 
 A8_4 = ((8, 16), (4, 48))
+A8_4_96 = ((8, 24), (4, 72))
 ATTENTION = {
     "int8": Case(seq_lens=(1, 0, 37, 70), query_lens=(1, 0, 1, 1), splits=3),
     "more-splits-than-tiles": Case(seq_lens=(1, 15, 16, 17), query_lens=(1, 1, 1, 1), splits=7),
@@ -236,11 +248,30 @@ WRITE = {
     "large": Case(k=A8_4, v=A8_4, k_magnitude=2e4, v_magnitude=2e4),
     "tiny": Case(k=A8_4, v=A8_4, k_magnitude=1e-4, v_magnitude=1e-4),
 }
+# Queries of a decode step beside its writes, and enough of them for every tile size.
+PROJECT = {
+    "one-row": Case(num_kv_heads=1, group=1, seq_lens=(1,), query_lens=(1,)),
+    "64-rows": Case(head_dim=96, k=A8_4_96, v=A8_4_96, group=4, seq_lens=(9, 20), query_lens=(9, 20)),
+    "128-rows": Case(group=7, num_kv_heads=1, seq_lens=(100, 90), query_lens=(90, 81)),
+    "rank-40-fp16": Case(head_dim=80, k=((8, 40), (0, 40)), v=((8, 80),), group=3, dtype=torch.float16),
+    "fp32-model": Case(dtype=torch.float32, group=71, num_kv_heads=1),
+    "head-dim-256": Case(
+        head_dim=256, k=((8, 64), (4, 192)), v=((8, 256),), num_kv_heads=1, seq_lens=(5,), query_lens=(1,)
+    ),
+}
 WRITE_LARGE = {
     "7b-decode-step": replace(WRITE["near-lossless-128"], num_kv_heads=4, seq_lens=(64,)),
     "7b-prefill": replace(WRITE["near-lossless-128"], num_kv_heads=4, seq_lens=(2000, 77)),
     "2-bit-256": Case(head_dim=256, k=((8, 64), (4, 160), (2, 32)), v=((4, 128), (2, 128)), seq_lens=(600,)),
     "wide-128": Case(head_dim=128, k=((16, 128),), v=((16, 96), (0, 32)), seq_lens=(600,)),
+    "7b-long-prefill": replace(WRITE["near-lossless-128"], num_kv_heads=4, seq_lens=(8192,)),
+    "fp16-prefill": replace(WRITE["four-tiers"], num_kv_heads=4, seq_lens=(2500,), dtype=torch.float16),
+}
+PROJECT_LARGE = {
+    "7b-64": replace(WRITE["near-lossless-128"], num_kv_heads=4, group=7, seq_lens=(64,), query_lens=(64,)),
+    "7b-256": replace(WRITE["near-lossless-128"], num_kv_heads=4, group=7, seq_lens=(256,), query_lens=(256,)),
+    "7b-1024": replace(WRITE["near-lossless-128"], num_kv_heads=4, group=7, seq_lens=(1024,), query_lens=(1024,)),
+    "2-bit-256": replace(WRITE_LARGE["2-bit-256"], group=8, seq_lens=(300,), query_lens=(300,)),
 }
 
 

@@ -11,8 +11,11 @@ from kernel_cases import (
     Case,
     attention,
     cache_write,
+    encode,
     fused_expand,
     make_batch,
+    project_query,
+    write_and_project,
     write_by_reference,
 )
 from torch import Tensor
@@ -39,10 +42,9 @@ def run_reference(batch: Batch, dtype: torch.dtype) -> Tensor:
 
 def run_kernels(batch: Batch, out: Tensor, workspace: attention.Workspace | None = None) -> None:
     case = batch.case
-    (_, k_decode, k_mean), (_, v_decode, v_mean) = batch.bases["k"], batch.bases["v"]
     attention.paged_attention(
-        batch.query, batch.kv_cache, batch.plan("k"), batch.plan("v"), k_decode, k_mean, v_decode, v_mean,
-        batch.block_table, batch.seq_lens, batch.query_start_loc, case.head_dim**-0.5, out, max(case.query_lens),
+        batch.query, batch.kv_cache, batch.plan("k"), batch.plan("v"), prepared(batch), batch.block_table,
+        batch.seq_lens, batch.query_start_loc, case.head_dim**-0.5, out, max(case.query_lens),
         case.splits, case.window, case.soft_cap, batch.wide_dtype, case.skip_first_chunks, workspace,
     )  # fmt: skip
 
@@ -73,17 +75,17 @@ def check_attention(case: Case, device: str = DEVICE) -> None:
     assert torch.equal(batch.storage, before), "the cache was written"
 
 
-def check_write(case: Case, device: str = DEVICE) -> None:
-    """cache_write against the reference: codes within a step, scales within an ulp, no foreign byte touched."""
-    batch = make_batch(case, device, filled=False)
-    drop = torch.arange(batch.slot_mapping.shape[0], device=device) % 5 == 3
+def check_write(case: Case, device: str = DEVICE, fused: bool = False) -> None:
+    """cache_write, or with ``fused`` write_and_project, against the reference: see check_written."""
+    check_written(make_batch(case, device, filled=False), fused)
+
+
+def check_written(batch: Batch, fused: bool = False) -> None:
+    """Codes within a step, scales within an ulp, no foreign byte touched; some slots are skipped, tensors have gaps."""
+    drop = torch.arange(batch.slot_mapping.shape[0], device=batch.key.device) % 5 == 3
     batch.slot_mapping = torch.where(drop, -1, batch.slot_mapping)
     batch.key, batch.value = with_gaps(batch.key), with_gaps(batch.value)
-    k, v = batch.bases["k"], batch.bases["v"]
-    cache_write.cache_write(
-        batch.key, batch.value, batch.kv_cache, batch.slot_mapping, k[0], k[2], v[0], v[2],
-        batch.plan("k"), batch.plan("v"), batch.wide_dtype,
-    )  # fmt: skip
+    (write_and_check_query if fused else write)(batch)
     written = batch.storage.clone()
     strides = batch.kv_cache.shape, batch.kv_cache.stride()
     expected, zeroed = (torch.full_like(written, fill) for fill in (POISON, 0))
@@ -91,9 +93,50 @@ def check_write(case: Case, device: str = DEVICE) -> None:
         write_by_reference(batch, storage.as_strided(*strides))
     owned = expected == zeroed
     assert (written[~owned] == POISON).all(), f"{(written[~owned] != POISON).sum()} foreign bytes were touched"
-    blocks = (batch.slot_mapping[~drop] // case.block_size).unique()
+    blocks = (batch.slot_mapping[~drop] // batch.case.block_size).unique()
     for side in ("k", "v"):
         compare_codes(batch, side, written.as_strided(*strides), expected.as_strided(*strides), blocks)
+
+
+def prepared(batch: Batch) -> encode.Prepared:
+    (k_encode, k_decode, k_mean), (v_encode, v_decode, v_mean) = batch.bases["k"], batch.bases["v"]
+    return encode.prepare(k_encode, k_decode, k_mean, v_encode, v_decode, v_mean)
+
+
+def write(batch: Batch) -> None:
+    cache_write.cache_write(
+        batch.key, batch.value, batch.kv_cache, batch.slot_mapping, prepared(batch),
+        batch.plan("k"), batch.plan("v"), batch.wide_dtype,
+    )  # fmt: skip
+
+
+def write_and_check_query(batch: Batch) -> None:
+    """write_and_project of queries with gaps, whose projection is compared with the reference in fp64."""
+    query = with_gaps(batch.query)[: batch.query.shape[0], : batch.query.shape[1]]
+    rank = batch.layout.rank("k")
+    out = [torch.full((*query.shape[:2], *tail), float("nan"), device=query.device) for tail in ((rank,), ())]
+    write_and_project.write_and_project(
+        query, batch.key, batch.value, batch.kv_cache, batch.slot_mapping, prepared(batch),
+        batch.plan("k"), batch.plan("v"), *out, batch.wide_dtype,
+    )  # fmt: skip
+    if query.shape[0]:
+        compare_query(batch, *out)
+
+
+def check_project_query(case: Case, device: str = DEVICE) -> None:
+    """project_query against the reference in fp64."""
+    batch = make_batch(case, device, filled=False)
+    shape = *batch.query.shape[:2], batch.layout.rank("k")
+    out = [torch.full(s, float("nan"), device=device) for s in (shape, shape[:2])]
+    project_query.project_query(batch.query, prepared(batch).k_decode, batch.bases["k"][2], *out)
+    compare_query(batch, *out)
+
+
+def compare_query(batch: Batch, q_latent: Tensor, q_bias: Tensor) -> None:
+    """Errors within 2**-15 of the greatest value: each operand of a product is off by 2**-16 at most."""
+    _, decode, mean = (t.double() for t in batch.bases["k"])
+    for got, exact in zip((q_latent, q_bias), reference.project_query(batch.query.double(), decode, mean), strict=True):
+        assert_within(got, exact, exact, 2**-15, "project_query")
 
 
 def with_gaps(x: Tensor) -> Tensor:
@@ -109,15 +152,18 @@ def compare_codes(batch: Batch, side: str, written: Tensor, expected: Tensor, bl
 
     Two clips of a row may be equally good, and the last bit of the projection decides; those rows must stay rare.
     """
-    for bits, dims, _, codes, scale in batch.plan(side):
-        label = f"{side} {bits}-bit tier"
-        ours, theirs = (plane(c, codes, dims * bits // 8, blocks) for c in (written, expected))
+    for tier in batch.plan(side):
+        bits, label = tier.bits, f"{side} {tier.bits}-bit tier"
+        ours, theirs = (reference.read_codes(c, tier, blocks) for c in (written, expected))
         if bits == 16:
             wide = batch.wide_dtype
-            close = nearly_equal(ours.view(wide), theirs.view(wide), 1e-5)
+            x = (batch.key if side == "k" else batch.value)[: batch.slot_mapping.shape[0]]
+            close = nearly_equal(ours.view(wide), theirs.view(wide), 2**-16 * x.abs().max().item())  # two bf16 planes
             assert close.all(), f"{label}: {(~close).sum()} values differ"
             continue
-        pair = (plane(c, scale, 2 if bits == 8 else 4, blocks).view(torch.float16) for c in (written, expected))
+        pair = (
+            plane(c, tier.scale_offset, 2 if bits == 8 else 4, blocks).view(torch.float16) for c in (written, expected)
+        )
         same = nearly_equal(*pair, 2**-24).all(-1)  # scale, and zero point where there is one
         assert (~same).float().mean() < 1e-3, f"{label}: {(~same).sum()} of {same.numel()} rows have another scale"
         off = (reference.unpack(ours, bits).int() - reference.unpack(theirs, bits).int()).abs()[same]

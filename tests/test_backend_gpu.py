@@ -23,6 +23,8 @@ LAYOUTS = [
 PROMPTS = prompts(5, 77)
 SCORE = dict(prompts=PROMPTS, params=dict(max_tokens=12, prompt_logprobs=0))
 GENERATE = dict(prompts=PROMPTS, params=dict(max_tokens=12))
+LONG = prompts(4, 400)  # with 160 tokens a step and 4 query heads to a KV head, so that continued chunks are expanded
+CONTINUE = dict(prompts=LONG, params=dict(max_tokens=12))
 LOOPS = dict(prompts=[p[:9] * 5 for p in PROMPTS], params=dict(max_tokens=24))
 # No torch.compile, which takes a minute an engine; full graphs of decode steps, the part that holds our kernels.
 GRAPHS = dict(mode=0, cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=[4, 8, 32])
@@ -50,6 +52,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     file = folder / "qwen2.safetensors"
     hits = dict(max_num_batched_tokens=48, block_size=16, max_num_seqs=4)
     jobs["hits"] = job(found["qwen2"][0], GENERATE, GENERATE, **GPU, **hits, **kvsplice(file, prefill="exact"))
+    grouped = make_model(folder / "grouped", "qwen2", num_key_value_heads=1)
+    made = random_projector(grouped, LAYOUTS.__getitem__)
+    made.save(folder / "grouped.safetensors")
+    found["grouped"] = (grouped, made)
+    file = folder / "grouped.safetensors"
+    chunks = dict(max_num_batched_tokens=160, block_size=16, max_num_seqs=8)
+    for prefill in ("latent", "exact"):
+        served_with = kvsplice(file, prefill=prefill)
+        jobs[f"{prefill}-chunks"] = job(grouped, CONTINUE, CONTINUE, **GPU, **chunks, **served_with)
+    jobs["latent-whole"] = job(grouped, CONTINUE, **GPU, block_size=16, **kvsplice(file, prefill="latent"))
+    file = folder / "qwen2.safetensors"
     drafts = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_max=3)
     jobs["drafts"] = job(found["qwen2"][0], LOOPS, block_size=48, **GPU, **kvsplice(file), speculative_config=drafts)
     served, found["log"] = serve(list(jobs.values()), folder / "run", timeout=500)
@@ -87,6 +100,73 @@ def test_chunks_and_prefix_hits_in_one_step(run: dict[str, Any]) -> None:
     served: Served = run["served"]["hits"]
     assert served.error is None and served.metrics["vllm:prefix_cache_hits"] >= 5 * 64
     assert all(len(tokens) == 12 for step in served.tokens for tokens in step)
+
+
+def gaps(run: dict[str, Any], name: str, step: int, compressed: bool) -> torch.Tensor:
+    """|served - simulated| log-probability of every generated token of the long prompts."""
+    served: Served = run["served"][name]
+    assert served.error is None, served.error
+    folder, projector = run["grouped"]
+    found = []
+    for prompt, tokens, logprobs in zip(LONG, served.tokens[step], served.logprobs[step], strict=True):
+        rows = simulate(folder, projector, prompt + tokens, compressed)[len(prompt) - 1 : -1]
+        found.append((rows.gather(1, torch.tensor(tokens)[:, None])[:, 0] - torch.tensor(logprobs)).abs())
+    return torch.cat(found)
+
+
+def test_chunks_and_prefix_hits_are_as_good_as_whole_prompts(run: dict[str, Any]) -> None:
+    """In chunks of 160 tokens, and again from the prefix cache: off the simulation by as little as the whole prompt is."""
+    whole = gaps(run, "latent-whole", 0, True).mean()
+    uncompressed = gaps(run, "latent-whole", 0, False).mean()
+    for step in (0, 1):
+        assert gaps(run, "latent-chunks", step, True).mean() <= max(2 * whole, 0.2 * uncompressed)
+    assert run["served"]["latent-chunks"].metrics["vllm:prefix_cache_hits"] >= 4 * 384
+    first = [[tokens[0] for tokens in run["served"][f"latent-{kind}"].tokens[0]] for kind in ("chunks", "whole")]
+    assert sum(a == b for a, b in zip(*first, strict=True)) >= len(LONG) // 2  # the rest are as good as level
+
+
+def test_exact_chunks_lie_within_the_codec_s_error(run: dict[str, Any]) -> None:
+    """First chunks on fresh keys beside continued ones on codes: between the codec's simulation and that without one."""
+    for step in (0, 1):
+        found = min(gaps(run, "exact-chunks", step, compressed).mean() for compressed in (True, False))
+        assert found <= gaps(run, "latent-whole", 0, False).mean()
+
+
+def test_a_continued_chunk_allocates_nothing_but_its_lse() -> None:
+    """After the reservation and with the workspace locked, over a context that takes several pieces."""
+    from kernel_cases import Case, make_batch
+    from prefill_cases import codec_of, requests_of
+    from vllm.v1.worker import workspace
+
+    from kvsplice_kernels.encode import prepare
+    from vllm_kvsplice.serving import triton_path
+    from vllm_kvsplice.serving.attention_layer import Bases
+    from vllm_kvsplice.serving.metadata import Limits
+
+    case = Case(num_kv_heads=1, group=8, seq_lens=(40_000, 2048), query_lens=(2048, 2048))
+    batch, device = make_batch(case, filled=False), torch.device("cuda")
+    batch.kv_cache.zero_()
+    codec, limits = codec_of(case), Limits(8, 4096, 65536)
+    steps = [requests_of(batch, limits) for _ in range(2)]
+    fresh = (batch.key[-4096:], batch.value[-4096:])
+    out = torch.empty_like(batch.query)
+    bases = Bases(*batch.bases["k"], *batch.bases["v"])
+    tensors = triton_path.Tensors(bases, prepare(*bases))
+    workspace.init_workspace_manager(device)
+    try:
+        triton_path.reserve(codec, limits.max_num_seqs, 1, limits.max_num_batched_tokens, limits.max_model_len, device)
+        workspace.lock_workspace()
+        triton_path.prefill(codec, tensors, batch.query, fresh, batch.kv_cache, steps[0], out)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        triton_path.prefill(codec, tensors, batch.query, fresh, batch.kv_cache, steps[1], out)
+        torch.cuda.synchronize()
+    finally:
+        workspace.reset_workspace_manager()
+    lse_bytes = 4 * 8 * 2048
+    assert torch.cuda.max_memory_allocated() - before <= 4 * lse_bytes + (1 << 20)
+    assert out.isfinite().all()
 
 
 def test_drafts_are_verified_as_greedy_decoding(run: dict[str, Any]) -> None:

@@ -17,7 +17,14 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm_kvsplice.codec.layout import LatentLayout
 from vllm_kvsplice.codec.projector import Basis, LayerProjector, Projector, default_layer
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.serving.attention_layer import Bases, attach, bases_of, cell_bytes, local_kv_heads, projector_layer
+from vllm_kvsplice.serving.attention_layer import (
+    attach,
+    bases_of,
+    cell_bytes,
+    local_kv_heads,
+    prepared_of,
+    projector_layer,
+)
 from vllm_kvsplice.serving.metadata import KVSpliceMetadataBuilder
 from vllm_kvsplice.serving.startup import LayerFacts, summary
 
@@ -84,15 +91,24 @@ def test_buffers_are_replaced_in_place_and_not_saved() -> None:
     layer = nn.Module()
     whole = projector(A, A)
     attach(layer, whole.layers[0], torch.device("cpu"))
-    bases, where = bases_of(layer), [b.data_ptr() for b in bases_of(layer)]
+    bases, where = bases_of(layer), addresses(layer)
     folded = whole.layers[0].k.folded()
     assert torch.equal(bases.k_encode, folded.encode) and torch.equal(bases.k_decode, folded.decode)
-    assert not layer.state_dict() and len(dict(layer.named_buffers())) == len(Bases._fields)
+    assert not layer.state_dict() and len(dict(layer.named_buffers())) == len(set(where))
     attach(layer, default_layer(64, 4), torch.device("cpu"))
-    assert [b.data_ptr() for b in bases_of(layer)] == where  # captured CUDA graphs read these addresses
-    assert torch.equal(bases_of(layer).k_encode, default_layer(64, 4).k.folded().encode)
+    assert addresses(layer) == where  # captured CUDA graphs read these addresses
+    new = default_layer(64, 4).k.folded()
+    assert torch.equal(bases_of(layer).k_encode, new.encode)
+    prepared = prepared_of(layer)
+    assert torch.allclose(prepared.k_encode.float().sum(1), new.encode, atol=2**-16)
+    assert torch.allclose(prepared.k_decode.float().sum(1), new.decode.transpose(1, 2), atol=2**-16)
+    assert torch.equal(prepared.k_mean, new.mean) and prepared.v_offset.shape == (4, 64)
     attach(layer, projector(B).layers[0], torch.device("cpu"))
     assert bases_of(layer).v_encode.shape == (4, 40, 64)
+
+
+def addresses(layer: nn.Module) -> list[int]:
+    return [tensor.data_ptr() for tensor in (*bases_of(layer), *prepared_of(layer))]
 
 
 def test_the_start_up_line_counts_everything() -> None:

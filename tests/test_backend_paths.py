@@ -11,6 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("vllm")
 
+from kvsplice_kernels.encode import prepare
 from vllm_kvsplice.codec.layout import LatentLayout
 from vllm_kvsplice.serving import torch_path, triton_path
 from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec
@@ -112,16 +113,21 @@ def test_exact_prefill_differs_from_latent_by_the_codec_only_and_only_in_first_c
 
 
 # ---------------------------------------------------------------- Triton
+def triton(b: Bases) -> triton_path.Tensors:
+    return triton_path.Tensors(b, prepare(*b))
+
+
 def run(path: Any, c: LayerCodec, b: Bases, step: Step, fresh: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Write everything, then prefill; on ``device``, for torch_path's sake always the CPU."""
     cache = step.kv_cache.clone().to(device)
     b, requests = Bases(*(x.to(device) for x in b)), step.requests()
     for name in ("seq_lens", "block_table", "query_start_loc"):
         setattr(requests, name, getattr(requests, name).to(device))
-    path.write(c, b, step.key.to(device), step.value.to(device), cache, step.slots.to(device))
+    tensors: Any = triton(b) if path is triton_path else b
+    path.write(c, tensors, step.key.to(device), step.value.to(device), cache, step.slots.to(device))
     out = torch.full_like(step.query, float("nan"), device=device)
     own = tuple(x.to(device) for x in step.fresh) if fresh else None
-    path.prefill(c, b, step.query.to(device), own, cache, requests, out)
+    path.prefill(c, tensors, step.query.to(device), own, cache, requests, out)
     return cache.cpu(), out.cpu()
 
 
@@ -187,11 +193,11 @@ def test_triton_decodes_with_splits() -> None:
     requests = Requests(
         2, 4, 2, 4096, *(getattr(step.requests(), n) for n in ("query_start_loc", "seq_lens", "block_table"))
     )
-    triton_path.decode(c, b, step.query, cache.to(DEVICE), requests, got)
+    triton_path.decode(c, triton(b), step.query, None, cache.to(DEVICE), requests, got)
     on_cpu = Requests(
         2, 4, 2, 4096, *(getattr(requests, n).cpu() for n in ("query_start_loc", "seq_lens", "block_table"))
     )
-    torch_path.decode(c, Bases(*(x.cpu() for x in b)), step.query.cpu(), cache, on_cpu, expected)
+    torch_path.decode(c, Bases(*(x.cpu() for x in b)), step.query.cpu(), None, cache, on_cpu, expected)
     assert (got.cpu() - expected).abs().max() < 0.01 * expected.abs().max()
 
 
@@ -219,10 +225,11 @@ def test_the_reservation_covers_every_step(monkeypatch: pytest.MonkeyPatch) -> N
     for reqs in range(1, 41):
         tokens = min(reqs * 3, 64)
         triton_path.decode(
-            c, b, torch.empty(tokens, HEADS, DIM), cache, Requests(reqs, tokens, 3, 100_000, none, none, none), none
-        )
+            c, triton(b), torch.empty(tokens, HEADS, DIM), None, cache,
+            Requests(reqs, tokens, 3, 100_000, none, none, none), none,
+        )  # fmt: skip
     triton_path._attend_codes(
-        c, b, torch.empty(64, HEADS, DIM), cache, Requests(1, 64, 64, 9, none, none, none), none, 1, False
+        c, triton(b), torch.empty(64, HEADS, DIM), cache, Requests(1, 64, 64, 9, none, none, none), none, 1, False
     )
     assert len(reserved) == 1 and max(asked) <= reserved[0]
     assert reserved[0] < 4 << 20  # bounded by the batch, not by the context

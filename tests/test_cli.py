@@ -11,12 +11,14 @@ import pytest
 from hf_models import save
 
 from vllm_kvsplice import cli
+from vllm_kvsplice.bench import kernels, serve
+from vllm_kvsplice.bench import request as bench_serve
 from vllm_kvsplice.calibration import calibrate
 from vllm_kvsplice.demo import run as demo
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.scoring import evaluate, plan
 
-COMMANDS = ("calibrate", "eval", "inspect", "plan", "demo", "version")
+COMMANDS = ("calibrate", "eval", "inspect", "plan", "bench", "bench kernels", "bench serve", "demo", "version")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def call(capsys, *argv):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as done:
-        cli.main([command, "--help"])
+        cli.main([*command.split(), "--help"])
     assert done.value.code == 0 and f"kvsplice {command}" in capsys.readouterr().out
 
 
@@ -50,8 +52,9 @@ def test_help_loads_nothing_heavy():
 @pytest.mark.parametrize(
     "argv",
     [[], ["nonsense"], ["eval"], ["calibrate", "m"], ["plan", "m"], ["eval", "m", "--engine", "gguf"], ["eval", "m", "--vllm-args", "[1]"],
-     ["calibrate", "m", "--out", "f", "--text", "a", "--dataset", "c4"]],
-    ids=["nothing", "unknown", "no-model", "no-out", "no-memory", "engine", "vllm-args", "two-texts"],
+     ["calibrate", "m", "--out", "f", "--text", "a", "--dataset", "c4"], ["bench"], ["bench", "kernels", "--heads", "28"],
+     ["bench", "serve", "m", "--point", "64x4096,8"], ["bench", "serve", "m", "--concurrency", "1,two"]],
+    ids=["nothing", "unknown", "no-model", "no-out", "no-memory", "engine", "vllm-args", "two-texts", "bench", "heads", "point", "users"],
 )  # fmt: skip
 def test_bad_command_lines_exit_with_two(argv, capsys):
     with pytest.raises(SystemExit) as done:
@@ -88,11 +91,47 @@ def test_every_option_is_a_field_of_its_request():
     requests = dict(
         calibrate=calibrate.CalibrateRequest, eval=evaluate.EvalRequest, plan=plan.PlanRequest, demo=demo.DemoRequest
     )
-    commands = next(a for a in cli.parser()._actions if a.choices).choices
+    requests |= {"bench kernels": kernels.KernelsRequest, "bench serve": bench_serve.ServeBenchRequest}
     for name, request in requests.items():
-        options = {a.dest for a in commands[name]._actions} - {"help"}
+        command = cli.parser()
+        for word in name.split():
+            command = next(a for a in command._actions if a.choices).choices[word]
+        options = {a.dest for a in command._actions} - {"help"}
         fields = {f.name for f in dataclasses.fields(request)}
         assert options - {"json"} == fields - {"json"}, name
+
+
+def test_bench_options_become_frozen_requests(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(kernels, "run", lambda request: seen.append(request) or 0)
+    monkeypatch.setattr(serve, "run", lambda request: seen.append(request) or 1)
+    assert call(capsys, "bench", "kernels")[0] == 0 and call(capsys, "bench", "serve", "m")[0] == 1
+    assert seen == [kernels.KernelsRequest(), bench_serve.ServeBenchRequest(model="m")]
+    for line in (
+        "kernels --layout int8 --layout a.toml --heads 28/4 --heads 64/8 --shape 64x4096 --what decode,write --no-peers",
+        "kernels --chunk 1x8x0 --write-tokens 1,64 --block-size 16 --splits sweep --head-dim 64 --json f",
+        "serve --model-shape s --setting bf16 --setting kvsplice:x --point 1x8,2x16 --point 4x8 --concurrency 1,2 --concurrency 8",
+        "serve --from a --from b --plot d --goodput tpot:9 --also latency --no-points --sweep-returning",
+    ):
+        call(capsys, "bench", *line.split())
+    assert seen[2:] == [
+        kernels.KernelsRequest(
+            presets=("int8", "a.toml"),
+            heads=((28, 4), (64, 8)),
+            shapes=((64, 4096),),
+            what=("decode", "write"),
+            peers=False,
+        ),
+        kernels.KernelsRequest(
+            chunks=((1, 8, 0),), write_tokens=(1, 64), block_sizes=(16,), splits="sweep", head_dim=64, json="f"
+        ),
+        bench_serve.ServeBenchRequest(
+            model_shape="s", settings=("bf16", "kvsplice:x"), points=((1, 8), (2, 16), (4, 8)), concurrency=(1, 2, 8)
+        ),
+        bench_serve.ServeBenchRequest(
+            results=("a", "b"), plot="d", goodput=("tpot:9",), also=("latency",), points=(), sweep_returning=True
+        ),
+    ]
 
 
 def test_calibrate_inspect_eval_and_plan_in_a_row(folder, tmp_path, capsys):

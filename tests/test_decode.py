@@ -32,9 +32,9 @@ def test_stage_1_alone() -> None:
     _, k_decode, k_mean = (t.double() for t in batch.bases["k"])
     q, bias = reference.project_query(batch.query.double(), k_decode, k_mean)
     assert (work.q_latent - q).abs().max() < 1e-4 * q.abs().max()
-    tile = cases.decode.launch_shape(16, 128)["TILE"]
-    for s in range(4):  # 3 tiles of 64 keys: one for each of the first splits
-        keys = torch.arange(150, device=q.device)[s * tile : (s + 1) * tile]
+    length = 2 * cases.decode.TILE
+    for s in range(4):  # 5 tiles of 32 keys: two for each of the first splits
+        keys = torch.arange(150, device=q.device)[s * length : (s + 1) * length]
         if len(keys) == 0:
             assert (work.lse[:, :, s] == float("-inf")).all() and work.latent[:, :, s].isnan().all()
             continue
@@ -59,7 +59,7 @@ def test_stage_2_merges_what_it_is_given() -> None:
     d = cases.DEVICE
     lens, starts = torch.tensor([9, 9], dtype=torch.int32), torch.tensor([0, 1, 3], dtype=torch.int32)
     wide = torch.full((T, num_heads, head_dim + 8), float("nan"), dtype=torch.bfloat16, device=d)
-    args = [x.to(d) for x in (latent, lse, v_decode, mean, lens, starts)]
+    args = [x.to(d) for x in (latent, lse, cases.encode.split(v_decode), mean, lens, starts)]
     cases.reduce_expand.reduce_expand(*args, wide[..., :head_dim], 2)
     low = exact.bfloat16()
     checks.assert_within(wide[..., :head_dim].cpu(), exact, low, torch.finfo(torch.bfloat16).eps, "reduce_expand")
@@ -114,7 +114,7 @@ def test_model_dtypes_of_the_output() -> None:
         ("query_start_loc", lambda b: setattr(b, "query_start_loc", b.query_start_loc[:-1])),
         ("kv_cache", lambda b: setattr(b, "kv_cache", b.kv_cache.view(torch.int8))),
         ("query", lambda b: setattr(b, "query", b.query[:, :3])),
-        ("v_decode", lambda b: b.bases.update(v=(b.bases["v"][0], b.bases["v"][1].half(), b.bases["v"][2]))),
+        ("v_mean", lambda b: b.bases.update(v=(b.bases["v"][0], b.bases["v"][1], b.bases["v"][2].half()))),
     ],
 )
 def test_wrong_arguments_are_named(name: str, change) -> None:
@@ -127,7 +127,9 @@ def test_wrong_arguments_are_named(name: str, change) -> None:
 
 def test_chosen_splits_fill_the_gpu_and_no_more() -> None:
     choose = cases.attention.choose_num_splits
-    assert choose(1, 4, 32768, 132) == 128
-    assert choose(256, 4, 2048, 132) == 2
+    assert choose(1, 4, 32768, 132) == 256
+    assert choose(16, 4, 32768, 132) == 16
+    assert choose(64, 4, 4096, 132) == 4
+    assert choose(256, 4, 2048, 132) == 1
     assert choose(64, 4, 100, 132) == 1
     assert choose(1000, 8, 10**6, 132) == 1

@@ -41,17 +41,20 @@ def parser() -> argparse.ArgumentParser:
         epilog="Serve with: vllm serve MODEL --attention-backend kvsplice --additional-config.kvsplice.projector FILE",
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    for name, run, add, text in (
+    table: tuple[tuple[str, Callable[[Given], int] | None, Callable[[argparse.ArgumentParser], Any], str], ...] = (
         ("calibrate", _calibrate, _calibrate_options, "find the bases of a model and write its projector file"),
         ("eval", _eval, _eval_options, "score a model with and without the codec"),
         ("inspect", _inspect, _inspect_options, "show what a projector file holds and saves"),
         ("plan", _plan, _plan_options, "tokens and users that fit a GPU: dense, fp8, kvsplice"),
+        ("bench", None, _bench_commands, "time kernels, or serving, against what vLLM has without kvsplice"),
         ("demo", _demo, _demo_options, "calibrate, score and serve the bundled model, offline"),
         ("version", _version, lambda _: None, "print the versions of kvsplice and of what it runs on"),
-    ):
+    )
+    for name, run, add, text in table:
         command = commands.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
         add(command)
-        command.set_defaults(run=run)
+        if run is not None:  # else it has commands of its own
+            command.set_defaults(run=run)
     return top
 
 
@@ -144,6 +147,113 @@ def _demo_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", metavar="OUT", help="write the result as JSON")
 
 
+def _bench_commands(command: argparse.ArgumentParser) -> None:
+    kinds = command.add_subparsers(required=True, metavar="WHAT")
+    for name, run, add, text in (
+        ("kernels", _bench_kernels, _bench_kernels_options, "kernels against the attention kernels that vLLM ships"),
+        ("serve", _bench_serve, _bench_serve_options, "vLLM's own `vllm bench` over a list of cache settings"),
+    ):
+        kind = kinds.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
+        add(kind)
+        kind.set_defaults(run=run)
+
+
+def _bench_kernels_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    text = "preset or .toml file, repeatable (default: near_lossless, int8, v_only)"
+    add("--layout", dest="presets", action="append", metavar="NAME", help=text)
+    add(
+        "--heads",
+        action="append",
+        type=_numbers(2, "/"),
+        metavar="Q/KV",
+        help="query and KV heads, repeatable (default: 28/4)",
+    )
+    add("--head-dim", type=int, metavar="N", help="dimensions of a head (default: 128)")
+    text = "of the decode kernel, repeatable (default: 64x4096 256x2048 16x32768 8x8192 1x32768)"
+    add("--shape", dest="shapes", action="append", type=_numbers(2, "x"), metavar="BATCHxCONTEXT", help=text)
+    add("--what", action="extend", type=_words, metavar="LIST", help="of decode,write,prefill (default: all)")
+    add("--splits", choices=("chosen", "sweep"), help="as serving chooses (default), or a sweep around that")
+    add("--block-size", dest="block_sizes", action="append", type=int, metavar="N", help="repeatable (default: 16, 64)")
+    add(
+        "--write-tokens",
+        action="extend",
+        type=_list(int),
+        metavar="LIST",
+        help="tokens of a cache write (default: 1,64,256,2048,8192)",
+    )
+    text = "of the prefill, repeatable (default: 4x2048x0 1x8192x0 1x8192x32768)"
+    add("--chunk", dest="chunks", action="append", type=_numbers(3, "x"), metavar="BATCHxNEWxCACHED", help=text)
+    add("--no-peers", dest="peers", action="store_false", help="time kvsplice alone")
+    add("--json", metavar="OUT", help="write the result as JSON")
+
+
+def _bench_serve_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("model", nargs="?", metavar="MODEL", help="Hugging Face id, or folder")
+    add(
+        "--model-shape",
+        metavar="NAME",
+        help="instead of MODEL: qwen2.5-7b, qwen2.5-0.5b or llama-3.1-8b with dummy weights",
+    )
+    add("--dummy", action="store_true", help="dummy weights; MODEL needs no more than a config.json")
+    text = "bf16, fp8, cache:KV_CACHE_DTYPE, kvsplice, kvsplice:FILE or (dummy weights) kvsplice:PRESET; repeatable, the first is what the others are compared with (default: bf16, fp8, kvsplice)"
+    add("--setting", dest="settings", action="append", metavar="NAME", help=text)
+    text = "BATCHxCONTEXT, with commas or repeated (default: 1x1024,64x1024,64x4096,16x8192,16x32768)"
+    add("--point", dest="points", action="extend", type=_list(_numbers(2, "x")), metavar="POINTS", help=text)
+    add("--no-points", dest="points", action="store_const", const=(), help="the sweep alone")
+    add("--point-output", type=int, metavar="N", help="tokens decoded at a point (default: 129)")
+    add("--repeats", type=int, metavar="N", help="times a point is decoded (default: 3)")
+    text = "users of the saturation sweep, with commas or repeated (default: no sweep)"
+    add("--concurrency", action="extend", type=_list(int), metavar="LIST", help=text)
+    add("--sweep-input", type=int, metavar="N", help="tokens of a prompt of the sweep (default: 16384)")
+    add("--sweep-output", type=int, metavar="N", help="tokens of an answer of the sweep (default: 512)")
+    add("--sweep-rounds", type=int, metavar="N", help="prompts per user of the sweep (default: 2)")
+    add("--sweep-returning", action="store_true", help="send every prompt of the sweep a second time, timed by itself")
+    text = "latency limit of the sweep in ms, NAME:MS of ttft, tpot, e2el; repeatable (default: ttft:10000 tpot:50)"
+    add("--goodput", action="append", metavar="LIMIT", help=text)
+    add(
+        "--also",
+        action="extend",
+        type=_words,
+        metavar="LIST",
+        help="of latency,throughput: those `vllm bench` commands too, an engine each",
+    )
+    _bench_serve_engines(command)
+
+
+def _bench_serve_engines(command: argparse.ArgumentParser) -> None:
+    """What all engines of a serving benchmark share, and where results go."""
+    add = command.add_argument
+    add("--gpu-memory-utilization", type=float, metavar="F", help="of every engine (default: 0.9)")
+    add(
+        "--kv-cache-memory-bytes",
+        type=int,
+        metavar="N",
+        help="cache of every engine (default: what the utilization leaves)",
+    )
+    add("--max-num-batched-tokens", type=int, metavar="N", help="of every engine (default: vLLM's)")
+    add(
+        "--stream-interval",
+        type=int,
+        metavar="N",
+        help="tokens per streamed chunk, so that the client keeps up (default: 8)",
+    )
+    add("--serve-args", metavar="TEXT", help="further arguments of every engine, in one string")
+    add("--seed", type=int, metavar="N", help="of the prompts and the bases (default: 0)")
+    add("--json", metavar="OUT", help="write the result as JSON, whenever it has grown")
+    add(
+        "--from",
+        dest="results",
+        action="append",
+        metavar="FILE",
+        help="run nothing: print and plot results of earlier runs, merged; repeatable",
+    )
+    add("--plot", metavar="DIR", help="write plots as PNG (needs matplotlib)")
+    add("--kernels-json", metavar="FILE", help="with --plot: draw the kernel times of `kvsplice bench kernels --json`")
+    add("--logs", metavar="DIR", help="keep vLLM's logs and JSON there")
+
+
 def _model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL", help="Hugging Face id, or folder")
 
@@ -154,6 +264,33 @@ def _seed_and_place(command: argparse.ArgumentParser) -> None:
         "--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:N; of the transformers model"
     )
     command.add_argument("--dtype", choices=DTYPES, help="of the model's arithmetic (default: auto)")
+
+
+def _numbers(count: int, separator: str) -> Callable[[str], tuple[int, ...]]:
+    def parse(text: str) -> tuple[int, ...]:
+        try:
+            found = tuple(int(part) for part in text.split(separator))
+        except ValueError:
+            found = ()
+        if len(found) != count:
+            example = separator.join(["16", "8", "4"][:count])
+            raise argparse.ArgumentTypeError(f"{text!r} is not {count} numbers like {example}")
+        return found
+
+    return parse
+
+
+def _list(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def items(text: str) -> list[Any]:
+        try:
+            return [parse(item) for item in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list with commas") from None
+
+    return items
+
+
+_words = _list(str)
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -210,6 +347,23 @@ def _demo(given: Given) -> int:
     from vllm_kvsplice.demo import run as demo
 
     return demo.run(demo.DemoRequest(**given))
+
+
+def _bench_kernels(given: Given) -> int:
+    from vllm_kvsplice.bench import kernels
+
+    return kernels.run(kernels.KernelsRequest(**_tuples(given)))
+
+
+def _bench_serve(given: Given) -> int:
+    from vllm_kvsplice.bench import request, serve
+
+    return serve.run(request.ServeBenchRequest(**_tuples(given)))
+
+
+def _tuples(given: Given) -> Given:
+    """Lists as the tuples that a frozen request holds."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def _version(given: Given) -> int:

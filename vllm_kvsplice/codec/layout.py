@@ -7,7 +7,10 @@ over the block's tokens:
 
     K codes by tier | K scales by tier | V codes by tier | V scales by tier
 
-A scale plane holds one fp16 number per token at 8 bits, and a (scale, zero point) pair, read as one word, at 4 and 2.
+A tier's codes are cut into runs of a power of two of elements (``runs``), each a plane of its own, so that 16 tokens of a
+run are one stretch of bytes without gaps: copies of odd row lengths cost GPUs half their bandwidth. Runs of 16 bytes of V
+hold the tokens t and t + 8 of each 16 side by side (``unit_of``). A scale plane holds one fp16 number per token at 8 bits,
+and a (zero point, scale) pair, read as one word, at 4 and 2.
 
 A block size that is a multiple of 16 puts every plane on a 16-byte boundary. Kernels, cache spec and projector file
 all take their numbers from here.
@@ -62,6 +65,29 @@ class TierPlan(NamedTuple):
     start: int  # first latent dimension of the tier
     codes_offset: int
     scale_offset: int
+    block_size: int
+    pairs: bool  # whether runs of 16 bytes hold tokens in pairs: V's, see unit_of
+
+
+def runs(elements: int) -> list[tuple[int, int]]:
+    """(first, length) of the runs of a row of ``elements``: its binary digits, greatest first."""
+    found, first = [], 0
+    while first < elements:
+        length = 1 << ((elements - first).bit_length() - 1)
+        found.append((first, length))
+        first += length
+    return found
+
+
+PAIRED_RUN = 16  # bytes
+
+
+def unit_of(token: int) -> int:
+    """Place of a block's token in a run that holds tokens in pairs: 0, 8, 1, 9, ... of each 16.
+
+    Two tokens make a row of 32 bytes, 16 words as the dot of V wants them, of which 16 bytes alone are half.
+    """
+    return token // 16 * 16 + token % 8 * 2 + token % 16 // 8
 
 
 @dataclass(frozen=True)
@@ -123,7 +149,7 @@ class LatentLayout:
         plans, start = [], 0
         for tier, codes in zip(stored, code_offsets, strict=True):
             scale = offset if tier.scale_bytes else -1
-            plans.append(TierPlan(tier.bits, tier.dims, start, codes, scale))
+            plans.append(TierPlan(tier.bits, tier.dims, start, codes, scale, block_size, side == "v"))
             offset += block_size * tier.scale_bytes
             start += tier.dims
         return tuple(plans)

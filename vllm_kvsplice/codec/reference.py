@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_kvsplice.codec.layout import LatentLayout, Side, TierPlan
+from vllm_kvsplice.codec.layout import PAIRED_RUN, LatentLayout, Side, TierPlan, runs, unit_of
 
 # Clip candidates of 4- and 2-bit tiers: (count, step). The range of a token's codes is shrunk by 1, 1 - step, ... and
 # the one with the least squared error is kept. At 8 bits and more clipping never wins on rotated latents.
@@ -164,9 +164,32 @@ def write_side(
         else:
             codes, scale, zero = quantize(part, tier.bits)
             stored = pack(codes, tier.bits)
-            pair = torch.stack([scale] if zero is None else [scale, zero], dim=-1)
+            pair = torch.stack([scale] if zero is None else [zero, scale], dim=-1)
             _plane(kv_cache, tier.scale_offset, 2 * pair.shape[-1])[block, :, row] = pair.view(torch.uint8)
-        _plane(kv_cache, tier.codes_offset, stored.shape[-1])[block, :, row] = stored
+        parts = stored.split(_run_bytes(tier), dim=-1)
+        for (plane, units), part in zip(_code_planes(kv_cache, tier), parts, strict=True):
+            plane[block, :, units[row]] = part
+
+
+def read_codes(kv_cache: Tensor, tier: TierPlan, block_ids: Tensor) -> Tensor:
+    """A tier's packed codes in some blocks: [n, H, block_size, bytes] uint8."""
+    return torch.cat([plane[block_ids][:, :, units] for plane, units in _code_planes(kv_cache, tier)], dim=-1)
+
+
+def _code_planes(kv_cache: Tensor, tier: TierPlan) -> list[tuple[Tensor, Tensor]]:
+    """Run by run: [num_blocks, H, block_size, bytes] uint8, a view, and where in it each token of a block is [block_size]."""
+    planes, offset = [], tier.codes_offset
+    for size in _run_bytes(tier):
+        paired = tier.pairs and tier.bits < 16 and size == PAIRED_RUN
+        units = [unit_of(t) if paired else t for t in range(tier.block_size)]
+        planes.append((_plane(kv_cache, offset, size), torch.tensor(units, device=kv_cache.device)))
+        offset += size * tier.block_size
+    return planes
+
+
+def _run_bytes(tier: TierPlan) -> list[int]:
+    unit = 2 if tier.bits == 16 else 1
+    return [unit * length for _, length in runs(tier.dims * tier.bits // 8 // unit)]
 
 
 def read_side(
@@ -175,12 +198,12 @@ def read_side(
     """Dequantise whole blocks [n] -> latents [H, n * block_size, rank] in ``dtype``; rows never written hold anything."""
     parts = []
     for tier in plan:
-        raw = _plane(kv_cache, tier.codes_offset, tier.dims * tier.bits // 8)[block_ids].contiguous()
+        raw = read_codes(kv_cache, tier, block_ids)
         if tier.bits == 16:
             parts.append(raw.view(wide_dtype).to(dtype))
             continue
         pair = _plane(kv_cache, tier.scale_offset, 2 if tier.bits == 8 else 4)[block_ids].contiguous()
-        scale, *zero = pair.view(torch.float16).unbind(-1)
+        *zero, scale = pair.view(torch.float16).unbind(-1)
         parts.append(dequantize(unpack(raw, tier.bits), scale, zero[0] if zero else None, dtype))
     z = torch.cat(parts, dim=-1)  # [n, H, block_size, rank]
     return z.transpose(0, 1).flatten(1, 2)

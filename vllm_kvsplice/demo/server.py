@@ -128,7 +128,11 @@ class Server:
 
     def capacity(self) -> Capacity:
         """Cache size as vLLM's metrics report it."""
-        return parse_capacity(self._get("/metrics", timeout_s=10.0))
+        return parse_capacity(self.metrics())
+
+    def metrics(self) -> str:
+        """vLLM's /metrics, Prometheus text."""
+        return self._get("/metrics", timeout_s=10.0)
 
     def log_tail(self, num_lines: int = 25) -> str:
         """The last lines of the log, as they are."""
@@ -152,15 +156,9 @@ class Server:
 
     def _environment(self) -> dict[str, str]:
         self._scratch = tempfile.TemporaryDirectory(prefix="kvsplice-server-", dir=socket_folder())
-        env = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1"}
-        env["VLLM_RPC_BASE_PATH"] = self._scratch.name  # its sockets, which a killed server leaves behind
-        env.pop("TRITON_INTERPRET", None)  # set by tests; vLLM would run its own kernels interpreted
+        env = vllm_environment(Path(self._scratch.name))
         if "--kv-cache-memory-bytes" in self.args:
             env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # on a CPU it would win over the argument
-        vllm_version = cpu_metadata.missing_version()
-        if vllm_version is not None:
-            cpu_metadata.write(Path(self._scratch.name), vllm_version)
-            env["PYTHONPATH"] = os.pathsep.join(filter(None, [self._scratch.name, env.get("PYTHONPATH")]))
         return env | self._env
 
     def _wait_until_healthy(self) -> None:
@@ -191,6 +189,18 @@ class Server:
         with _DIRECT.open(self.url + path, timeout=timeout_s) as response:
             body: bytes = response.read()
         return body.decode()
+
+
+def vllm_environment(scratch: Path) -> dict[str, str]:
+    """The environment of a process that runs vLLM's command line; ``scratch`` is a short path that outlives the process."""
+    env = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "PYTHONUNBUFFERED": "1"}
+    env["VLLM_RPC_BASE_PATH"] = str(scratch)  # its sockets, which a killed server leaves behind
+    env.pop("TRITON_INTERPRET", None)  # set by tests; vLLM would run its own kernels interpreted
+    vllm_version = cpu_metadata.missing_version()
+    if vllm_version is not None:
+        cpu_metadata.write(scratch, vllm_version)
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(scratch), env.get("PYTHONPATH")]))
+    return env
 
 
 def require_vllm() -> None:

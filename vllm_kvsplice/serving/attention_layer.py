@@ -14,13 +14,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kvsplice_kernels.encode import Prepared, prepare
 from vllm_kvsplice.codec.layout import LatentLayout, Side
 from vllm_kvsplice.codec.projector import LayerProjector, Projector, default_layer
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.serving.vllm_compat import attention_layers, is_plain_attention, layer_index
 
-PARTS = ("encode", "decode", "mean")
 SIDES: tuple[Side, ...] = ("k", "v")
+# Fields of Prepared -> names of the buffers that hold them; means are those of Bases.
+PREPARED = {
+    "k_encode": "k_encode_planes",
+    "k_offset": "k_offset",
+    "v_encode": "v_encode_planes",
+    "v_offset": "v_offset",
+    "k_decode": "k_decode_planes",
+    "k_mean": "k_mean",
+    "v_decode": "v_decode_planes",
+    "v_mean": "v_mean",
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,12 @@ class Bases(NamedTuple):
 
 def bases_of(layer: Any) -> Bases:
     """The tensors that ``attach`` put on a layer, read from it each time: vLLM may move or restore them."""
-    return Bases(*(getattr(layer, _buffer(side, part)) for side in SIDES for part in PARTS))
+    return Bases(*(getattr(layer, _buffer(name)) for name in Bases._fields))
+
+
+def prepared_of(layer: Any) -> Prepared:
+    """The same bases as the writing kernels want them, likewise read from the layer each time."""
+    return Prepared(*(getattr(layer, _buffer(name)) for name in PREPARED.values()))
 
 
 def local_kv_heads(total: int, tp_rank: int, tp_size: int) -> tuple[int, int]:
@@ -118,15 +134,17 @@ def attach(layer: nn.Module, found: LayerProjector, device: torch.device) -> Non
 
     In place, since captured CUDA graphs hold the addresses; buffers, since sleep mode saves and restores those.
     """
-    for side in SIDES:
-        folded = found.side(side).folded()
-        for part in PARTS:
-            tensor = getattr(folded, part).to(device, torch.float32).contiguous()
-            old = getattr(layer, _buffer(side, part), None)
-            if isinstance(old, Tensor) and old.shape == tensor.shape and old.device == tensor.device:
-                old.copy_(tensor)
-            else:
-                layer.register_buffer(_buffer(side, part), tensor, persistent=False)
+    folded = [found.side(side).folded() for side in SIDES]
+    parts = [x.to(device, torch.float32).contiguous() for side in folded for x in (side.encode, side.decode, side.mean)]
+    bases = Bases(*parts)
+    prepared = prepare(*bases)
+    named = bases._asdict() | {name: getattr(prepared, field) for field, name in PREPARED.items()}
+    for name, tensor in named.items():
+        old = getattr(layer, _buffer(name), None)
+        if isinstance(old, Tensor) and old.shape == tensor.shape and old.device == tensor.device:
+            old.copy_(tensor)
+        else:
+            layer.register_buffer(_buffer(name), tensor, persistent=False)
 
 
 def find_layer(vllm_config: Any, impl: object) -> tuple[str, Any]:
@@ -139,8 +157,8 @@ def find_layer(vllm_config: Any, impl: object) -> tuple[str, Any]:
     )
 
 
-def _buffer(side: str, part: str) -> str:
-    return f"_kvsplice_{side}_{part}"
+def _buffer(name: str) -> str:
+    return f"_kvsplice_{name}"
 
 
 def backend_with_bytes(current: type[Any], bytes_per_token_head: int) -> type[Any]:

@@ -27,7 +27,7 @@ class KVSpliceBackend(AttentionBackend):
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
-    forward_includes_kv_cache_update: bool = False
+    forward_includes_kv_cache_update: bool = True  # a decode step writes in the launch that projects its queries
     bytes_per_token_head: ClassVar[int | None] = None  # set on a layer's subclass once its projector is known
 
     @staticmethod

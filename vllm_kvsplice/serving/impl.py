@@ -12,7 +12,7 @@ from torch import Tensor
 from vllm_kvsplice.codec import projector_source
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.serving import attention_layer, refusals, startup
-from vllm_kvsplice.serving.attention_layer import LayerCodec, bases_of
+from vllm_kvsplice.serving.attention_layer import LayerCodec
 from vllm_kvsplice.serving.metadata import KVSpliceMetadata
 from vllm_kvsplice.serving.settings import read_settings
 from vllm_kvsplice.serving.vllm_compat import (
@@ -99,14 +99,6 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         if name == next(reversed(layers)):  # the last layer has taken its part; a reload reads the file anew
             projector_source.forget()
 
-    def do_kv_cache_update(
-        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        """Write the step's keys and values; vLLM calls it before ``forward``, and not for KV-sharing layers."""
-        if kv_cache.numel() == 0:
-            return
-        self.path.write(self._codec(), bases_of(layer), key, value, kv_cache, slot_mapping)
-
     def forward(
         self,
         layer: Any,
@@ -119,22 +111,29 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Attend; rows of ``output`` beyond the step's tokens are left alone. No metadata: a profiling run."""
+        """Write the step's keys and values, then attend; rows of ``output`` beyond the step's tokens are left alone.
+
+        No metadata: a profiling run. KV-sharing layers write nothing, their target has.
+        """
         if output_scale is not None or output_block_scale is not None:
             raise KVSpliceError(
                 "kvsplice does not support fused output quantisation: serve without that compilation pass."
             )
         if attn_metadata is None:
             return output.fill_(0)
-        codec, bases = self._codec(), bases_of(layer)
-        decodes, prefills = attn_metadata.decodes, attn_metadata.prefills
+        codec, tensors = self._codec(), self.path.tensors_of(layer)
+        decodes, prefills, slots = attn_metadata.decodes, attn_metadata.prefills, attn_metadata.slot_mapping
+        written = None if self.kv_sharing_target_layer_name else (key, value, slots[: key.shape[0]])
+        if prefills is not None and written is not None:
+            self.path.write(codec, tensors, key, value, kv_cache, written[2])
+            written = None
         start = decodes.num_tokens
         if start:
-            self.path.decode(codec, bases, query[:start], kv_cache, decodes, output[:start])
+            self.path.decode(codec, tensors, query[:start], written, kv_cache, decodes, output[:start])
         if prefills is not None:
             rows = slice(start, start + prefills.num_tokens)
             fresh = (key[rows], value[rows]) if self.exact_prefill else None
-            self.path.prefill(codec, bases, query[rows], fresh, kv_cache, prefills, output[rows])
+            self.path.prefill(codec, tensors, query[rows], fresh, kv_cache, prefills, output[rows])
         return output
 
     def _codec(self) -> LayerCodec:

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,19 +34,31 @@ class Requests:
     block_table: Tensor  # [num_reqs, max_blocks] int32
 
 
+class Limits(NamedTuple):
+    """The most that a step can hold, fixed when the engine starts."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+
+
 @dataclass
 class Prefills(Requests):
     """Requests with more new tokens than a decode step has."""
 
     query_start_loc_cpu: Tensor
     first_chunk: list[bool]  # [num_reqs]: nothing of the request was in the cache before this step
+    seq_lens_cpu: Tensor | None = None  # [num_reqs], exact; None where vLLM does not know them on the host
+    limits: Limits | None = None  # of the engine; None outside one, where no scratch was reserved
+    plans: dict[Any, Any] = field(default_factory=dict)  # what layers of one kind share, see cached_prefill
 
 
 @dataclass
 class KVSpliceMetadata(AttentionMetadata):
-    """Decode requests lead the batch; either part may be empty. ``slot_mapping`` reaches the write path on its own."""
+    """Decode requests lead the batch; either part may be empty."""
 
     num_actual_tokens: int
+    slot_mapping: Tensor  # [>= num_actual_tokens] int64; negative in padding rows
     decodes: Requests
     prefills: Prefills | None
 
@@ -55,12 +67,15 @@ class KVSpliceMetadataBuilder(AttentionMetadataBuilder[KVSpliceMetadata]):
     """Splits vLLM's batch. Rows of up to 1 + num_speculative_tokens tokens are decodes, captured in full CUDA graphs."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    limits: Limits | None = None
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
+        self.limits = Limits(scheduler.max_num_seqs, scheduler.max_num_batched_tokens, model.max_model_len)
         projector_source.forget()
         from vllm_kvsplice.serving import startup
 
@@ -89,7 +104,9 @@ class KVSpliceMetadataBuilder(AttentionMetadataBuilder[KVSpliceMetadata]):
             m.block_table_tensor[:num_decodes],
         )
         prefills = _prefills(m, num_decodes, num_prefills, decode_tokens, prefill_tokens) if num_prefills else None
-        return KVSpliceMetadata(m.num_actual_tokens, decodes, prefills)
+        if prefills is not None:
+            prefills.limits = self.limits
+        return KVSpliceMetadata(m.num_actual_tokens, m.slot_mapping, decodes, prefills)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> KVSpliceMetadata:
         """Capture over sequences that hold their own query only, with the split count that the longest would get."""
@@ -115,4 +132,5 @@ def _prefills(m: CommonAttentionMetadata, skip: int, num_reqs: int, skip_tokens:
         m.block_table_tensor[skip:stop],
         starts,
         first,
+        None if known is None else known[skip:stop].clone(),  # the runner's own buffer, which it fills again
     )

@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from vllm_kvsplice.codec import reference
-from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec
+from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, bases_of
 from vllm_kvsplice.serving.metadata import Prefills, Requests
 
+Written = tuple[Tensor, Tensor, Tensor]  # key and value [>= T, H, head_dim], slot_mapping [T]
+tensors_of = bases_of  # what these functions need of a layer's projector
 QUERY_BLOCK = 256  # query rows attended at a time where SDPA has no form of the mask: bounds the logits' memory
 
 
@@ -27,8 +29,22 @@ def write(codec: LayerCodec, bases: Bases, key: Tensor, value: Tensor, kv_cache:
         reference.write_side(kv_cache, z, plan, slot_mapping, codec.wide_dtype)
 
 
-def decode(codec: LayerCodec, bases: Bases, query: Tensor, kv_cache: Tensor, requests: Requests, out: Tensor) -> None:
-    """Attend to codes: query [T, num_heads, head_dim] of ``requests`` -> ``out`` [T, num_heads, head_dim]."""
+def decode(
+    codec: LayerCodec,
+    bases: Bases,
+    query: Tensor,
+    written: Written | None,
+    kv_cache: Tensor,
+    requests: Requests,
+    out: Tensor,
+) -> None:
+    """Attend to codes: query [T, num_heads, head_dim] of ``requests`` -> ``out`` [T, num_heads, head_dim].
+
+    ``written``: the step's key, value and slot_mapping, stored first; None if they are stored already.
+    """
+    if written is not None:
+        key, value, slots = written
+        write(codec, bases, key, value, kv_cache, slots)
     latent = reference.paged_attention(
         query,
         kv_cache,
@@ -74,7 +90,7 @@ def prefill(
             requests.seq_lens[b : b + 1],
             requests.block_table[b : b + 1],
         )
-        decode(codec, bases, query[rows], kv_cache, one, out[rows])
+        decode(codec, bases, query[rows], None, kv_cache, one, out[rows])
 
 
 def fresh_attention(codec: LayerCodec, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -8,51 +8,77 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvsplice_kernels.attention import Workspace, choose_num_splits, paged_attention, workspace_shapes
 from kvsplice_kernels.cache_write import cache_write
-from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec
-from vllm_kvsplice.serving.metadata import Prefills, Requests
+from kvsplice_kernels.encode import Prepared, prepare
+from kvsplice_kernels.write_and_project import step_sizes, write_and_project
+from vllm_kvsplice.serving import cached_prefill, fallback_attention
+from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, bases_of, prepared_of
+from vllm_kvsplice.serving.metadata import Limits, Prefills, Requests
+from vllm_kvsplice.serving.refusals import FLASH_HEAD_DIM
 from vllm_kvsplice.serving.vllm_compat import flash_attention, workspace
 
 LONG_STEP = 1024  # tokens: past the sizes at which the launchers change their tiles
+DECODE_TOKENS = 1024  # tokens of a decode step that a warm-up runs; longer ones compile nothing new
 Shapes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
+Written = tuple[Tensor, Tensor, Tensor]  # key and value [>= T, H, head_dim], slot_mapping [T]
 
 
-def write(codec: LayerCodec, bases: Bases, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+class Tensors(NamedTuple):
+    """A layer's projector, in fp32 and as the kernels want it."""
+
+    bases: Bases
+    prepared: Prepared
+
+
+def tensors_of(layer: Any) -> Tensors:
+    """What the functions below need of a layer's projector, read from it each time."""
+    return Tensors(bases_of(layer), prepared_of(layer))
+
+
+def write(
+    codec: LayerCodec, tensors: Tensors, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+) -> None:
     """Encode keys and values [>= T, H, head_dim] into the slots of ``slot_mapping`` [T]; -1 is skipped."""
-    cache_write(
-        key,
-        value,
-        kv_cache,
-        slot_mapping,
-        bases.k_encode,
-        bases.k_mean,
-        bases.v_encode,
-        bases.v_mean,
-        codec.layout.plan("k", kv_cache.shape[2]),
-        codec.layout.plan("v", kv_cache.shape[2]),
-        codec.wide_dtype,
-    )
+    plans = _plans(codec, kv_cache)
+    cache_write(key, value, kv_cache, slot_mapping, tensors.prepared, *plans, codec.wide_dtype)
 
 
-def decode(codec: LayerCodec, bases: Bases, query: Tensor, kv_cache: Tensor, requests: Requests, out: Tensor) -> None:
+def decode(
+    codec: LayerCodec,
+    tensors: Tensors,
+    query: Tensor,
+    written: Written | None,
+    kv_cache: Tensor,
+    requests: Requests,
+    out: Tensor,
+) -> None:
     """Attend to codes: query [T, num_heads, head_dim] of ``requests`` -> ``out`` [T, num_heads, head_dim].
 
+    ``written``: the step's keys and values, stored in the launch that projects the queries; None if they are already.
     The split count depends on host numbers that are fixed when a CUDA graph is captured.
     """
     splits = choose_num_splits(
         requests.num_reqs, codec.num_kv_heads, requests.max_seq_len, _multiprocessors(query.device)
     )
-    _attend_codes(codec, bases, query, kv_cache, requests, out, splits, skip_first_chunks=False)
+    work = Workspace(*workspace(*_shapes(codec, query.shape[0], splits)))
+    if written is not None:
+        plans, latent = _plans(codec, kv_cache), (work.q_latent, work.q_bias)
+        key, value, slots = written
+        write_and_project(query, key, value, kv_cache, slots, tensors.prepared, *plans, *latent, codec.wide_dtype)
+    _attend_codes(
+        codec, tensors, query, kv_cache, requests, out, splits, False, work=work, projected=written is not None
+    )
 
 
 def prefill(
     codec: LayerCodec,
-    bases: Bases,
+    tensors: Tensors,
     query: Tensor,
     fresh: tuple[Tensor, Tensor] | None,
     kv_cache: Tensor,
@@ -61,23 +87,34 @@ def prefill(
 ) -> None:
     """Like ``decode``, but first chunks attend to ``fresh``, their own key and value [T, H, head_dim], where given.
 
-    Where both kinds are in a step, FlashAttention runs over all rows and the others are then written over: one launch
-    each, and rows of continued requests are few.
+    The others attend through FlashAttention over expanded codes, in one go with first chunks, or through the latent
+    kernel where that is cheaper or FlashAttention is missing: see cached_prefill.
     """
     first = fresh is not None and any(requests.first_chunk)
-    if fresh is not None and first:
+    if fresh is not None and all(requests.first_chunk):
         fresh_attention(codec, query, *fresh, requests, out)
-    if not (first and all(requests.first_chunk)):
-        # As an upper bound: with the true one every short tail of a prompt would be a kernel variant of its own.
-        longest = max(requests.max_query_len, LONG_STEP)
-        _attend_codes(codec, bases, query, kv_cache, requests, out, 1, skip_first_chunks=first, max_query_len=longest)
+        return
+    flash = _flash_attention(codec.layout.head_dim, codec.soft_cap)
+    pieces = cached_prefill.plan(codec, requests, fresh is not None, query.device) if flash else None
+    if flash and pieces is not None:
+        cached_prefill.attend(codec, tensors.bases, query, fresh, kv_cache, requests, out, pieces, flash)
+        return
+    if fresh is not None and first:  # over all rows; those of continued requests are written over
+        fresh_attention(codec, query, *fresh, requests, out)
+    # As an upper bound: with the true one every short tail of a prompt would be a kernel variant of its own.
+    longest = max(requests.max_query_len, LONG_STEP)
+    _attend_codes(codec, tensors, query, kv_cache, requests, out, 1, skip_first_chunks=first, max_query_len=longest)
 
 
 def fresh_attention(
-    codec: LayerCodec, query: Tensor, key: Tensor, value: Tensor, requests: Requests, out: Tensor
+    codec: LayerCodec, query: Tensor, key: Tensor, value: Tensor, requests: Prefills, out: Tensor
 ) -> None:
     """Causal FlashAttention of each request over its own new keys and values."""
-    flash_attn_varlen_func, version = _flash_attention(codec.layout.head_dim, codec.soft_cap)
+    flash = _flash_attention(codec.layout.head_dim, codec.soft_cap)
+    if flash is None:
+        fallback_attention.attend_first_chunks(codec, query, key, value, requests, out)
+        return
+    flash_attn_varlen_func, version = flash
     flash_attn_varlen_func(
         q=query,
         k=key,
@@ -99,11 +136,15 @@ def reserve(
     codec: LayerCodec, max_num_seqs: int, decode_query_len: int, max_tokens: int, max_seq_len: int, device: torch.device
 ) -> None:
     """Let vLLM's workspace grow now to the most that any step will ask for; it is locked once graphs are captured."""
-    wanted = [_shapes(codec, max_tokens, 1)]
+    expands = _flash_attention(codec.layout.head_dim, codec.soft_cap) and codec.layout.head_dim <= FLASH_HEAD_DIM
+    wanted = [_shapes(codec, _most_latent_tokens(codec, max_tokens), 1)]
+    if expands:
+        limits = Limits(max_num_seqs, max_tokens, max_seq_len)
+        wanted.append(cached_prefill.scratch_shapes(codec, limits, codec.wide_dtype))
     for num_reqs in range(1, max_num_seqs + 1):
         splits = choose_num_splits(num_reqs, codec.num_kv_heads, max_seq_len, _multiprocessors(device))
         wanted.append(_shapes(codec, min(num_reqs * decode_query_len, max_tokens), splits))
-    workspace(*max(wanted, key=lambda shapes: sum(-(-prod(shape) * 4 // 256) for shape, _ in shapes)))
+    workspace(*max(wanted, key=lambda shapes: sum(-(-prod(s) * d.itemsize // 256) for s, d in shapes)))
 
 
 def warm_up(
@@ -113,16 +154,34 @@ def warm_up(
     D, cell = codec.layout.head_dim, codec.bytes_per_token_head
     cache = torch.zeros(1, codec.num_kv_heads, block_size, cell, dtype=torch.uint8, device=device)
     bases = _blank_bases(codec, device)
+    tensors = Tensors(bases, prepare(*bases))
     table, lens = torch.zeros(1, 1, dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.int32, device=device)
     starts = torch.zeros(2, dtype=torch.int32, device=device)
-    for tokens in sorted({1, min(LONG_STEP, max_tokens)}):
+    if _flash_attention(D, codec.soft_cap) and D <= FLASH_HEAD_DIM:
+        cached_prefill.warm_up(codec, bases, cache, dtype)
+    for tokens in step_sizes(max_tokens, codec.num_heads, codec.num_kv_heads, D, *_plans(codec, cache)):
         query, key = (
             torch.zeros(tokens, n, D, dtype=dtype, device=device) for n in (codec.num_heads, codec.num_kv_heads)
         )
-        write(codec, bases, key, key, cache, torch.full((tokens,), -1, dtype=torch.int64, device=device))
+        slots = torch.full((tokens,), -1, dtype=torch.int64, device=device)
+        write(codec, tensors, key, key, cache, slots)
         for query_len, skip in ((decode_query_len, False), (LONG_STEP, False), (LONG_STEP, True)):
             empty = Requests(1, 0, query_len, query_len, starts, lens, table)
-            _attend_codes(codec, bases, query, cache, empty, torch.empty_like(query), 1, skip)
+            if tokens <= _most_latent_tokens(codec, max_tokens):
+                _attend_codes(codec, tensors, query, cache, empty, torch.empty_like(query), 1, skip)
+        if tokens <= DECODE_TOKENS:
+            one = Requests(1, 0, decode_query_len, decode_query_len, starts, lens, table)
+            decode(codec, tensors, query, (key, key, slots), cache, one, torch.empty_like(query))
+
+
+def _most_latent_tokens(codec: LayerCodec, max_tokens: int) -> int:
+    """Prefill tokens of a step that the latent kernel may be given."""
+    expands = _flash_attention(codec.layout.head_dim, codec.soft_cap) and codec.layout.head_dim <= FLASH_HEAD_DIM
+    return min(max_tokens, cached_prefill.LATENT_TOKENS) if expands else max_tokens
+
+
+def _plans(codec: LayerCodec, kv_cache: Tensor) -> tuple[Any, Any]:
+    return codec.layout.plan("k", kv_cache.shape[2]), codec.layout.plan("v", kv_cache.shape[2])
 
 
 def _blank_bases(codec: LayerCodec, device: torch.device) -> Bases:
@@ -134,7 +193,7 @@ def _blank_bases(codec: LayerCodec, device: torch.device) -> Bases:
 
 def _attend_codes(
     codec: LayerCodec,
-    bases: Bases,
+    tensors: Tensors,
     query: Tensor,
     kv_cache: Tensor,
     requests: Requests,
@@ -142,16 +201,14 @@ def _attend_codes(
     num_splits: int,
     skip_first_chunks: bool,
     max_query_len: int | None = None,
+    work: Workspace | None = None,
+    projected: bool = False,
 ) -> None:
     paged_attention(
         query,
         kv_cache,
-        codec.layout.plan("k", kv_cache.shape[2]),
-        codec.layout.plan("v", kv_cache.shape[2]),
-        bases.k_decode,
-        bases.k_mean,
-        bases.v_decode,
-        bases.v_mean,
+        *_plans(codec, kv_cache),
+        tensors.prepared,
         requests.block_table,
         requests.seq_lens,
         requests.query_start_loc,
@@ -163,7 +220,8 @@ def _attend_codes(
         codec.soft_cap,
         codec.wide_dtype,
         skip_first_chunks,
-        Workspace(*workspace(*_shapes(codec, query.shape[0], num_splits))),
+        work or Workspace(*workspace(*_shapes(codec, query.shape[0], num_splits))),
+        projected,
     )
 
 

@@ -53,8 +53,10 @@ __all__ = [
     "init_logger",
     "is_plain_attention",
     "layer_index",
+    "merge_attn_states",
     "split_decodes_and_prefills",
     "tensor_parallel",
+    "to_device",
     "workspace",
 ]
 
@@ -114,11 +116,37 @@ def split_decodes_and_prefills(metadata: CommonAttentionMetadata, threshold: int
     return split(metadata, decode_threshold=threshold)
 
 
-def flash_attention(head_dim: int, soft_cap: float | None) -> tuple[Any, int | None]:
-    """(flash_attn_varlen_func, version to pass as ``fa_version``) on a CUDA platform."""
-    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+def flash_attention(head_dim: int, soft_cap: float | None) -> tuple[Any, int] | None:
+    """(flash_attn_varlen_func, version to pass as ``fa_version``), or None where vLLM has none for this GPU."""
+    try:
+        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+    except ImportError:
+        return None
+    version = get_flash_attn_version(head_size=head_dim, requires_softcap=bool(soft_cap))
+    return None if version is None else (flash_attn_varlen_func, version)
 
-    return flash_attn_varlen_func, get_flash_attn_version(head_size=head_dim, requires_softcap=bool(soft_cap))
+
+def merge_attn_states(
+    out: torch.Tensor,
+    out_lse: torch.Tensor,
+    lse: torch.Tensor,
+    part: torch.Tensor,
+    part_lse: torch.Tensor,
+) -> None:
+    """Merge attention over other keys into ``out`` [T, num_heads, head_dim]; lse [num_heads, T] fp32, natural log.
+
+    ``out`` is read and written; ``out_lse`` must not be ``lse``, which other threads still read.
+    """
+    from vllm.v1.attention.ops.merge_attn_states import merge_attn_states as merge
+
+    merge(out, out, lse, part, part_lse, out_lse)
+
+
+def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on ``device`` that the host does not wait for."""
+    if device.type != "cpu" and current_platform.is_pin_memory_available():
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 def workspace(*shapes: tuple[tuple[int, ...], torch.dtype]) -> list[torch.Tensor]:

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernels are measured at which shapes, one job each.
+
+In: the request. Out: jobs, in the order of the table. Next: ``kernels_build`` makes calls of a job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vllm_kvsplice.bench.kernels_data import Shape
+from vllm_kvsplice.bench.kernels_request import KernelsRequest
+
+OURS = "kvsplice"
+BASELINE = ("flash-attention-3", "bf16")
+VLLM_BLOCK_SIZE = 16
+# Peers: (kernel, preset) -> block sizes for decode. FlashAttention-3 also with the pages that suit it best: the baseline.
+DECODE_PEERS = {
+    BASELINE: (16, 128),
+    ("flash-attention-3", "fp8"): (16, 128),
+    ("vllm-triton", "bf16"): (16,),
+    ("vllm-triton", "int8"): (16,),
+    ("vllm-triton", "int4"): (16,),
+    ("turboquant", "k8v4"): (16,),
+    ("turboquant", "4bit_nc"): (16,),
+    ("xformers-splitk", "int4"): (64,),  # its pages are multiples of 64
+}
+WRITE_PEERS = tuple(peer for peer in DECODE_PEERS if peer[0] != "xformers-splitk")
+PREFILL_PEERS = (BASELINE, ("flash-attention-3", "fp8"), ("vllm-triton", "bf16"), ("vllm-triton", "int8"))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel at one shape. ``context`` counts the ``query_len`` new tokens in; ``num_splits`` None: as served.
+
+    A "write" stores ``query_len`` tokens. A "prefill" stores a chunk and attends it to its ``context``.
+    """
+
+    what: str
+    kernel: str
+    preset: str
+    heads: tuple[int, int]
+    head_dim: int
+    batch: int
+    context: int
+    query_len: int
+    block_size: int
+    num_splits: int | None = None
+
+    @property
+    def shape(self) -> Shape:
+        """The batch that this job is about."""
+        return Shape(*self.heads, self.head_dim, self.batch, self.context, self.query_len, self.block_size)
+
+    @property
+    def point(self) -> tuple[str, tuple[int, int], int, int, int]:
+        """What the jobs of one block of the table have in common."""
+        return self.what, self.heads, self.batch, self.context, self.query_len
+
+    @property
+    def group(self) -> tuple[str, str, tuple[int, int], int]:
+        """What the jobs that share compiled kernels have in common."""
+        return self.kernel, self.preset, self.heads, self.block_size
+
+
+def list_jobs(request: KernelsRequest, num_sms: int) -> list[Job]:
+    """Every job of a request, ordered by heads, kind and shape."""
+    jobs: list[Job] = []
+    for heads in request.heads:
+        if "decode" in request.what:
+            jobs += _decode_jobs(request, heads, num_sms)
+        if "write" in request.what:
+            jobs += _write_jobs(request, heads)
+        if "prefill" in request.what:
+            jobs += _prefill_jobs(request, heads)
+    return jobs
+
+
+def _decode_jobs(request: KernelsRequest, heads: tuple[int, int], num_sms: int) -> Iterator[Job]:
+    for batch, context in request.shapes:
+        for (kernel, preset), sizes in DECODE_PEERS.items() if request.peers else ():
+            for block_size in sizes:
+                yield Job("decode", kernel, preset, heads, request.head_dim, batch, context, 1, block_size)
+        for preset in request.presets:
+            for block_size in request.block_sizes:
+                for splits in _split_counts(request, batch, heads[1], context, num_sms):
+                    yield Job("decode", OURS, preset, heads, request.head_dim, batch, context, 1, block_size, splits)
+
+
+def _split_counts(
+    request: KernelsRequest, batch: int, num_kv_heads: int, context: int, num_sms: int
+) -> list[int] | tuple[None]:
+    if request.splits == "chosen":
+        return (None,)
+    from kvsplice_kernels.attention import choose_num_splits
+
+    chosen = choose_num_splits(batch, num_kv_heads, context, num_sms)
+    return sorted({max(1, chosen // 4), max(1, chosen // 2), chosen, chosen * 2, chosen * 4})
+
+
+def _write_jobs(request: KernelsRequest, heads: tuple[int, int]) -> Iterator[Job]:
+    everyone = (*(WRITE_PEERS if request.peers else ()), *((OURS, preset) for preset in request.presets))
+    for tokens in request.write_tokens:
+        for kernel, preset in everyone:
+            yield Job("write", kernel, preset, heads, request.head_dim, 1, tokens, tokens, VLLM_BLOCK_SIZE)
+
+
+def _prefill_jobs(request: KernelsRequest, heads: tuple[int, int]) -> Iterator[Job]:
+    everyone = (*(PREFILL_PEERS if request.peers else ()), *((OURS, preset) for preset in request.presets))
+    for batch, query_len, cached in request.chunks:
+        for kernel, preset in everyone:
+            context = cached + query_len
+            yield Job("prefill", kernel, preset, heads, request.head_dim, batch, context, query_len, VLLM_BLOCK_SIZE)

@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prefill over cached context at FlashAttention's speed: codes are expanded into fixed scratch, FlashAttention reads that.
+
+In: the prefill rows of a step, some with tokens in the cache. Out: their rows of the output. Called by triton_path. A step
+is cut into pieces by host numbers alone: runs of whole requests whose keys fit the scratch, each one causal call; and the
+pieces of a request that does not fit, merged by their lse as vLLM does for MLA. A request's own tokens come from their
+codes too, but for first chunks that attend to fresh keys and values, which are copied in where others are expanded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvsplice_kernels.fused_expand import LONG_ROWS, START_MULTIPLE, copy_fresh, expand_cached
+from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec
+from vllm_kvsplice.serving.metadata import Limits, Prefills
+from vllm_kvsplice.serving.refusals import FLASH_HEAD_DIM
+from vllm_kvsplice.serving.vllm_compat import merge_attn_states, to_device, workspace
+
+CONTEXT_TOKENS = 32 * 1024  # of scratch: 64 MiB of K and V at 4 KV heads of 128
+# Query rows (tokens x query heads per KV head) from which expanding pays, per cached token and KV head: expanding moves
+# near_lossless 172 + 1024 bytes (codes read, 16-bit K and V written and read), 0.29 ns at 4.2 TB/s; each row costs 512 flops
+# at head_dim 128, on the latent kernel at a third of FlashAttention-3's 650 TFLOP/s, so 1.6 ps more there. They meet at 180
+# rows; more than that, as three launches are added.
+EXPAND_FROM_ROWS = 256
+LATENT_TOKENS = (
+    1024  # above so many tokens a step is expanded in any case: bounds what the latent kernel's scratch takes
+)
+
+Ints = NDArray[np.int64]
+Shape = tuple[tuple[int, ...], torch.dtype]
+Flash = tuple[Any, int]  # flash_attn_varlen_func and its fa_version
+
+
+class Span(NamedTuple):
+    """A piece as host numbers: requests [first, last) of the step with some keys of each."""
+
+    first: int
+    last: int
+    starts: Ints  # [last - first] first token that gets a row of scratch
+    firsts: Ints  # first token that is read
+    stops: Ints  # one past the last
+    causal: bool  # whether the requests' own tokens are among the keys
+    merged: bool  # whether earlier pieces hold other keys of the same request
+
+
+class OnDevice(NamedTuple):
+    """A piece's numbers for the kernels, int32."""
+
+    query_start_loc: Tensor  # [num_reqs + 1], from 0
+    cu_seqlens: Tensor  # [num_reqs + 1] rows of scratch
+    starts: Tensor  # [num_reqs], see Span
+    firsts: Tensor
+    ends: Tensor  # stops; 0 where fresh keys and values are copied
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A span of a step as it is launched."""
+
+    requests: slice  # of the step
+    tokens: slice
+    num_keys: int
+    max_query_len: int
+    max_num_keys: int
+    causal: bool
+    merged: bool
+    keeps_lse: bool  # another piece follows that merges into the same rows
+    has_fresh: bool
+    on_device: OnDevice
+
+
+# ---------------------------------------------------------------- host numbers
+def scratch_tokens(codec: LayerCodec, limits: Limits) -> int:
+    """Tokens of scratch: CONTEXT_TOKENS, but a step's own tokens and a request's window always fit, and never in vain."""
+    own = limits.max_num_batched_tokens + START_MULTIPLE
+    most = max(CONTEXT_TOKENS, own + min(codec.sliding_window or 0, limits.max_model_len))
+    ever = limits.max_num_seqs * _round_up(limits.max_model_len)
+    return min(_round_up(most), ever)
+
+
+def scratch_shapes(codec: LayerCodec, limits: Limits, dtype: torch.dtype) -> tuple[Shape, ...]:
+    """Shapes and dtypes of the most that ``attend`` takes from the workspace."""
+    tokens = scratch_tokens(codec, limits)
+    long = min(limits.max_num_batched_tokens, limits.max_model_len) if limits.max_model_len > tokens else 0
+    return _shapes(codec, tokens, long, dtype)
+
+
+def _shapes(codec: LayerCodec, num_keys: int, num_tokens: int, dtype: torch.dtype) -> tuple[Shape, ...]:
+    """Expanded keys, values; output and lse of a piece that is merged, of as many tokens as a long request has."""
+    kv, heads, head_dim = (num_keys, codec.num_kv_heads, codec.layout.head_dim), codec.num_heads, codec.layout.head_dim
+    shapes: tuple[Shape, ...] = ((kv, dtype), (kv, dtype))
+    return (*shapes, ((num_tokens, heads, head_dim), dtype), ((heads, num_tokens), torch.float32))
+
+
+def cut(query_lens: Ints, seq_lens: Ints, window: int | None, capacity: int) -> list[Span]:
+    """Cut a step into spans of at most ``capacity`` keys, a multiple of START_MULTIPLE. The loop is over spans.
+
+    Args:
+        query_lens, seq_lens: [B], new tokens and all tokens of each request.
+        window: a query sees keys at distance < window; a request's visible keys must fit then, see scratch_tokens.
+    """
+    firsts = np.maximum(seq_lens - query_lens - window + 1, 0) if window else np.zeros_like(seq_lens)
+    starts = firsts // START_MULTIPLE * START_MULTIPLE
+    total = np.concatenate([[0], np.cumsum(seq_lens - starts)])
+    spans: list[Span] = []
+    first = 0
+    while first < len(seq_lens):
+        last = int(np.searchsorted(total, total[first] + capacity, side="right")) - 1
+        if last > first:
+            part = slice(first, last)
+            spans.append(Span(first, last, starts[part], firsts[part], seq_lens[part], True, False))
+        elif window:
+            raise ValueError(f"capacity: expected room for a window of {window} and the query tokens, got {capacity}")
+        else:
+            last = first + 1
+            spans += _cut_long(first, int(seq_lens[first]), capacity)
+        first = last
+    return spans
+
+
+def _cut_long(request: int, seq_len: int, capacity: int) -> list[Span]:
+    """One request with more keys than fit: the last ones, its own tokens among them, then the context before those."""
+    split = _round_up(seq_len - capacity)
+    bounds = [(split, seq_len), *((a, min(a + capacity, split)) for a in range(0, split, capacity))]
+    spans = []
+    for a, b in bounds:
+        start, stop = np.array([a]), np.array([b])
+        spans.append(Span(request, request + 1, start, start, stop, b == seq_len, b != seq_len))
+    return spans
+
+
+def _round_up(tokens: int) -> int:
+    return -(-tokens // START_MULTIPLE) * START_MULTIPLE
+
+
+# ---------------------------------------------------------------- one step
+def plan(codec: LayerCodec, requests: Prefills, with_fresh: bool, device: torch.device) -> list[Piece] | None:
+    """The pieces of a step, the same for all layers of a kind; None where the latent kernel serves it better, or must.
+
+    ``with_fresh``: first chunks attend to fresh keys and values.
+    """
+    if requests.seq_lens_cpu is None or codec.layout.head_dim > FLASH_HEAD_DIM:
+        return None
+    limits = requests.limits or Limits(requests.num_reqs, requests.num_tokens, requests.max_seq_len)
+    window, capacity = codec.sliding_window, scratch_tokens(codec, limits)
+    key = (window, capacity, codec.num_heads // codec.num_kv_heads, with_fresh, device)
+    if key not in requests.plans:
+        requests.plans[key] = _plan(requests, *key)
+    found: list[Piece] | None = requests.plans[key]
+    return found
+
+
+def _plan(
+    requests: Prefills, window: int | None, capacity: int, group: int, with_fresh: bool, device: torch.device
+) -> list[Piece] | None:
+    query_start_loc = requests.query_start_loc_cpu.numpy().astype(np.int64)
+    query_lens, seq_lens = np.diff(query_start_loc), np.asarray(requests.seq_lens_cpu, np.int64)
+    fresh = np.array(requests.first_chunk) & with_fresh
+    visible = np.where(fresh, 0, np.minimum(seq_lens, query_lens + (window or requests.max_seq_len)))
+    rows = (query_lens * visible).sum() * group
+    if requests.num_tokens <= LATENT_TOKENS and rows < EXPAND_FROM_ROWS * visible.sum():
+        return None
+    spans = cut(query_lens, seq_lens, window, capacity)
+    return _to_device(spans, query_start_loc, fresh, device)
+
+
+def _to_device(spans: list[Span], query_start_loc: Ints, fresh: NDArray[np.bool_], device: torch.device) -> list[Piece]:
+    """Pieces of the spans, their numbers in one copy."""
+    packed: list[Ints] = []
+    for span in spans:
+        bounds, own = query_start_loc[span.first : span.last + 1], fresh[span.first : span.last]
+        cu_seqlens = np.concatenate([[0], np.cumsum(span.stops - span.starts)])
+        packed += [bounds - bounds[0], cu_seqlens, span.starts, span.firsts, np.where(own, 0, span.stops)]
+    flat = to_device(torch.from_numpy(np.concatenate(packed).astype(np.int32)), device)
+    tensors = flat.split([len(numbers) for numbers in packed])
+    pieces = []
+    for i, span in enumerate(spans):
+        bounds, keys = query_start_loc[span.first : span.last + 1], span.stops - span.starts
+        pieces.append(
+            Piece(
+                requests=slice(span.first, span.last),
+                tokens=slice(int(bounds[0]), int(bounds[-1])),
+                num_keys=int(keys.sum()),
+                max_query_len=int(np.diff(bounds).max()),
+                max_num_keys=int(keys.max()),
+                causal=span.causal,
+                merged=span.merged,
+                keeps_lse=i + 1 < len(spans) and spans[i + 1].merged,
+                has_fresh=bool(fresh[span.first : span.last].any()),
+                on_device=OnDevice(*tensors[5 * i : 5 * i + 5]),
+            )
+        )
+    return pieces
+
+
+def attend(
+    codec: LayerCodec,
+    bases: Bases,
+    query: Tensor,
+    fresh: tuple[Tensor, Tensor] | None,
+    kv_cache: Tensor,
+    requests: Prefills,
+    out: Tensor,
+    pieces: list[Piece],
+    flash: Flash,
+) -> None:
+    """Attend every row of ``query`` [T, num_heads, head_dim] into ``out``, by the pieces that ``plan`` made.
+
+    ``fresh``: key and value [T, H, head_dim] of the step, for first chunks; None: those read their codes as well.
+    """
+    long = max((p.tokens.stop - p.tokens.start for p in pieces if p.merged), default=0)
+    shapes = _shapes(codec, max(p.num_keys for p in pieces), long, query.dtype)
+    key, value, part, other_lse = workspace(*shapes)
+    lse = spare = other_lse
+    for piece in pieces:
+        k, v = key[: piece.num_keys], value[: piece.num_keys]
+        _fill(codec, bases, fresh, kv_cache, requests.block_table[piece.requests], piece, k, v)
+        q, rows = query[piece.tokens], out[piece.tokens]
+        if not piece.merged:
+            lse, spare = _attend_piece(codec, q, k, v, rows, piece, flash), other_lse
+            continue
+        part_rows = part[: rows.shape[0]]
+        part_lse = _attend_piece(codec, q, k, v, part_rows, piece, flash)
+        merged = spare.view(-1)[: lse.numel()].view(lse.shape)
+        merge_attn_states(rows, merged, lse, part_rows, part_lse)
+        lse, spare = merged, lse
+
+
+def _fill(
+    codec: LayerCodec,
+    bases: Bases,
+    fresh: tuple[Tensor, Tensor] | None,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    piece: Piece,
+    key: Tensor,
+    value: Tensor,
+) -> None:
+    """A piece's keys and values into scratch [num_keys, H, head_dim]."""
+    sides = (("k", bases.k_decode, bases.k_mean, key), ("v", bases.v_decode, bases.v_mean, value))
+    for side, decode, mean, out in sides:
+        expand_cached(
+            kv_cache,
+            codec.layout.plan(side, kv_cache.shape[2]),  # type: ignore[arg-type]
+            block_table,
+            piece.on_device.ends,
+            piece.on_device.cu_seqlens,
+            decode,
+            mean,
+            out,
+            piece.max_num_keys,
+            codec.wide_dtype,
+            piece.on_device.starts,
+            piece.on_device.firsts,
+        )
+    if fresh is not None and piece.has_fresh:
+        own_key, own_value = (x[piece.tokens] for x in fresh)
+        copy_fresh(
+            own_key,
+            own_value,
+            piece.on_device.query_start_loc,
+            piece.on_device.ends,
+            piece.on_device.cu_seqlens,
+            key,
+            value,
+        )
+
+
+def _attend_piece(
+    codec: LayerCodec, query: Tensor, key: Tensor, value: Tensor, out: Tensor, piece: Piece, flash: Flash
+) -> Tensor:
+    """FlashAttention of a piece into ``out``; returns its lse [num_heads, T] fp32 where it is wanted, else nothing of use."""
+    flash_attn_varlen_func, version = flash
+    wanted = piece.keeps_lse or piece.merged
+    result = flash_attn_varlen_func(
+        q=query,
+        k=key,
+        v=value,
+        out=out,
+        cu_seqlens_q=piece.on_device.query_start_loc,
+        cu_seqlens_k=piece.on_device.cu_seqlens,
+        max_seqlen_q=piece.max_query_len,
+        max_seqlen_k=piece.max_num_keys,
+        softmax_scale=codec.scale,
+        causal=piece.causal,
+        window_size=[codec.sliding_window - 1, 0] if codec.sliding_window else [-1, -1],
+        softcap=codec.soft_cap or 0.0,
+        return_softmax_lse=wanted,
+        fa_version=version,
+    )
+    lse: Tensor = result[1] if wanted else out
+    return lse
+
+
+def warm_up(codec: LayerCodec, bases: Bases, kv_cache: Tensor, dtype: torch.dtype) -> None:
+    """Compile what ``attend`` launches, for short and long contexts; nothing is computed."""
+    heads, head_dim, device = codec.num_kv_heads, codec.layout.head_dim, kv_cache.device
+    zero = torch.zeros(1, dtype=torch.int32, device=device)
+    bounds, row = zero.expand(2).contiguous(), torch.zeros(1, heads, head_dim, dtype=dtype, device=device)
+    on_device = OnDevice(bounds, bounds, zero, zero, zero)
+    piece = Piece(slice(0, 1), slice(0, 1), 1, 1, 1, True, False, False, True, on_device)
+    for rows in (1, LONG_ROWS // heads + 1):
+        many = row.expand(rows, -1, -1)  # as many rows as choose a variant, all of them one
+        _fill(codec, bases, (row, row), kv_cache, zero[None], piece, many, many)
