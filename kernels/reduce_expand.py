@@ -19,7 +19,9 @@ from kvsplice_kernels.pdl import pdl_options, wait
 from kvsplice_kernels.query_tiles import check_requests, find_tile, num_query_tiles, request_lens
 
 FEW_ROWS = 512  # query rows (tokens x heads) up to which one program takes one row, for the parallelism
-MANY_SPLITS = 16384  # latents (splits x rows x dimensions) that a program holds at once
+ROW_SPLITS = 64  # splits that the program of one row holds at once
+NUM_WARPS = 8
+UNROLL = tl.constexpr(4)  # splits whose loads a program of many rows has in flight
 
 
 @triton.jit
@@ -37,22 +39,40 @@ def _weights(lse_ptr, row, row_ok, num_splits, SPLITS_PAD: tl.constexpr):
 
 
 @triton.jit
-def _merge(latent_ptr, lse_ptr, row, row_ok, num_splits, rank, rank_ok, SPLITS_PAD: tl.constexpr,
-           AT_ONCE: tl.constexpr, RANK: tl.constexpr):  # fmt: skip
-    """Latents [M, rank] of the union of splits, and whether a row saw any key [M]. What empty splits hold is dropped."""
+def _merge_one(
+    latent_ptr, lse_ptr, row, row_ok, num_splits, rank, rank_ok,
+    SPLITS_PAD: tl.constexpr, AT_ONCE: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """Latent [1, rank] of the union of one row's splits, and whether it saw any key [1]. What empty splits hold is dropped."""
     m, inverse, used = _weights(lse_ptr, row, row_ok, num_splits, SPLITS_PAD)
-    z = tl.zeros([row.shape[0], rank.shape[0]], tl.float32)
+    first_partial = tl.sum(row, 0) * num_splits
+    parts = tl.zeros([AT_ONCE, rank.shape[0]], tl.float32)
     for first in range(0, used, AT_ONCE):
         split = first + tl.arange(0, AT_ONCE)
-        partial = row[None, :] * num_splits + split[:, None]
-        wanted = row_ok[None, :] & (split < num_splits)[:, None]
-        ptrs = latent_ptr + partial[:, :, None] * RANK + rank[None, None, :]
-        latent = tl.load(ptrs, mask=wanted[:, :, None] & rank_ok[None, None, :], other=0.0)
-        lse = tl.load(lse_ptr + partial, mask=wanted, other=float("-inf"))
-        latent = tl.where((lse > float("-inf"))[:, :, None], latent, 0.0)
-        weight = tl.exp(lse - m[None, :]) * inverse[None, :]
-        z += tl.sum(latent * weight[:, :, None], 0)
-    return z, inverse > 0
+        ptrs = latent_ptr + first_partial * RANK + (split[:, None] * RANK + rank[None, :])
+        latent = tl.load(ptrs, mask=(split < used)[:, None] & rank_ok[None, :], other=0.0)
+        lse = tl.load(lse_ptr + first_partial + split, mask=split < used, other=float("-inf"))
+        weight = tl.exp(lse - m)  # of an empty split 0, but 0 times what it holds may be NaN
+        parts += tl.where((lse > float("-inf"))[:, None], latent, 0.0) * weight[:, None]
+    return tl.sum(parts, 0)[None, :] * inverse[:, None], inverse > 0
+
+
+@triton.jit
+def _merge_many(
+    latent_ptr, lse_ptr, row, row_ok, num_splits, rank, rank_ok, SPLITS_PAD: tl.constexpr, RANK: tl.constexpr
+):
+    """The same of M rows: ([M, rank], [M])."""
+    m, inverse, used = _weights(lse_ptr, row, row_ok, num_splits, SPLITS_PAD)
+    partial = row * num_splits
+    z = tl.zeros([row.shape[0], rank.shape[0]], tl.float32)
+    for first in range(0, used, UNROLL):
+        for i in tl.static_range(UNROLL):
+            wanted = tl.where(row_ok, first + i, used) < used
+            ptrs = latent_ptr + (partial + first + i)[:, None] * RANK + rank[None, :]
+            latent = tl.load(ptrs, mask=wanted[:, None] & rank_ok[None, :], other=0.0)
+            lse = tl.load(lse_ptr + partial + first + i, mask=wanted, other=float("-inf"))
+            z += tl.where((lse > float("-inf"))[:, None], latent, 0.0) * tl.exp(lse - m)[:, None]
+    return z * inverse[:, None], inverse > 0
 
 
 @triton.jit
@@ -78,10 +98,13 @@ def reduce_expand_kernel(
     out_ptr,  # [num_tokens, num_heads, HEAD_DIM] bf16, fp16 or fp32
     num_reqs, num_splits, stride_t, stride_h,
     GROUP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr,
-    SKIP_FIRST_CHUNKS: tl.constexpr, ONE_TILE: tl.constexpr, TILE_TOKENS: tl.constexpr, M: tl.constexpr,
-    BLOCK_D: tl.constexpr, SPLITS_PAD: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr,
+    SKIP_FIRST_CHUNKS: tl.constexpr, ONE_TILE: tl.constexpr, ONE_QUERY: tl.constexpr, TILE_TOKENS: tl.constexpr,
+    M: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS_PAD: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rows: TILE_TOKENS query tokens x HEADS heads of one KV head (all GROUP of them, or one); BLOCK_D outputs each."""
+    """Rows: TILE_TOKENS query tokens x HEADS heads of one KV head (all GROUP of them, or one); BLOCK_D outputs each.
+
+    The tokens are of one request, or, with ONE_QUERY, of as many requests, none of which has more than one.
+    """
     kv_head = tl.program_id(1) * HEADS // GROUP
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     d_ok = d < HEAD_DIM
@@ -93,19 +116,32 @@ def reduce_expand_kernel(
     low = tl.load(ptrs + HEAD_DIM * RANK, mask=mask, other=0.0)
     mean = tl.load(v_mean_ptr + kv_head * HEAD_DIM + d, mask=d_ok, other=0.0)
     wait(PDL)
-    request, first_query = find_tile(tl.program_id(0), query_start_loc_ptr, num_reqs, TILE_TOKENS, ONE_TILE)
-    start, query_len, seq_len = request_lens(request, query_start_loc_ptr, seq_lens_ptr)
-    live = first_query < query_len
-    if SKIP_FIRST_CHUNKS:
-        live = live & (seq_len != query_len)
-    if live:
-        r = tl.arange(0, M)
+    r = tl.arange(0, M)
+    if ONE_QUERY:
+        request = tl.program_id(0) * TILE_TOKENS + r // HEADS
+        inside = (r < TILE_TOKENS * HEADS) & (request < num_reqs)
+        start = tl.load(query_start_loc_ptr + request, mask=inside, other=0)
+        query_len = tl.load(query_start_loc_ptr + request + 1, mask=inside, other=0) - start
+        seq_len = tl.load(seq_lens_ptr + request, mask=inside, other=0)
+        query = r * 0
+    else:
+        request, first_query = find_tile(tl.program_id(0), query_start_loc_ptr, num_reqs, TILE_TOKENS, ONE_TILE)
+        start, query_len, seq_len = request_lens(request, query_start_loc_ptr, seq_lens_ptr)
+        inside = r < TILE_TOKENS * HEADS
         query = first_query + r // HEADS
-        row_ok = (r < TILE_TOKENS * HEADS) & (query < query_len)
+    if SKIP_FIRST_CHUNKS:
+        query_len = tl.where(seq_len == query_len, 0, query_len)
+    row_ok = inside & (query < query_len)
+    if tl.max(row_ok.to(tl.int32), 0) > 0:
         token, head = (start + query).to(tl.int64), tl.program_id(1) * HEADS + r % HEADS
         row = token * (tl.num_programs(1) * HEADS) + head
         written = row_ok & (query < tl.where(seq_len > 0, query_len, 0))  # decode leaves requests without keys alone
-        z, any_seen = _merge(latent_ptr, lse_ptr, row, written, num_splits, rank, rank_ok, SPLITS_PAD, AT_ONCE, RANK)
+        if M == 1:
+            z, any_seen = _merge_one(
+                latent_ptr, lse_ptr, row, written, num_splits, rank, rank_ok, SPLITS_PAD, AT_ONCE, RANK
+            )
+        else:
+            z, any_seen = _merge_many(latent_ptr, lse_ptr, row, written, num_splits, rank, rank_ok, SPLITS_PAD, RANK)
         full = tl.where(any_seen[:, None], _expand(z, high, low) + mean[None, :], 0.0)
         out_ptrs = out_ptr + (token * stride_t + head * stride_h)[:, None] + d[None, :]
         tl.store(out_ptrs, to_float(full, out_ptr.dtype.element_ty), mask=row_ok[:, None] & d_ok[None, :])
@@ -146,14 +182,17 @@ def reduce_expand(
         return
     group, rank_pad = num_heads // H, max(16, triton.next_power_of_2(rank))
     cut = reduce_tiles(T * num_heads, group, max_query_len, head_dim, rank_pad, num_splits)
-    tiles = num_query_tiles(T, num_reqs, max_query_len, cut.tile_tokens)
+    if max_query_len == 1:
+        tiles = triton.cdiv(num_reqs, cut.tile_tokens)
+    else:
+        tiles = num_query_tiles(T, num_reqs, max_query_len, cut.tile_tokens)
     reduce_expand_kernel[(tiles, num_heads // cut.heads, triton.cdiv(head_dim, cut.block_d))](
         latent, lse, v_decode, v_mean, seq_lens, query_start_loc, out,
         num_reqs, num_splits, out.stride(0), out.stride(1),
         GROUP=group, HEADS=cut.heads, HEAD_DIM=head_dim, RANK=rank, RANK_PAD=rank_pad,
-        SKIP_FIRST_CHUNKS=skip_first_chunks, ONE_TILE=max_query_len <= cut.tile_tokens, TILE_TOKENS=cut.tile_tokens,
-        M=cut.rows, BLOCK_D=cut.block_d, SPLITS_PAD=triton.next_power_of_2(num_splits), AT_ONCE=cut.at_once,
-        num_warps=cut.num_warps, num_stages=1, **pdl_options(latent.device),
+        SKIP_FIRST_CHUNKS=skip_first_chunks, ONE_TILE=max_query_len <= cut.tile_tokens,
+        ONE_QUERY=max_query_len == 1, TILE_TOKENS=cut.tile_tokens, M=cut.rows, BLOCK_D=cut.block_d, SPLITS_PAD=triton.next_power_of_2(num_splits), AT_ONCE=cut.at_once,
+        num_warps=NUM_WARPS, num_stages=1, **pdl_options(latent.device),
     )  # fmt: skip
 
 
@@ -161,22 +200,21 @@ class ReduceTiles(NamedTuple):
     """How the reduction of a step is cut into programs."""
 
     heads: int  # query heads of a program, of one KV head
-    tile_tokens: int
+    tile_tokens: int  # query tokens of a program
     rows: int  # of its dot; 1: no dot
     block_d: int  # outputs of a program
-    at_once: int  # splits that it holds at once
-    num_warps: int
+    at_once: int  # splits that it holds at once, where it has one row
 
 
 def reduce_tiles(
     total_rows: int, group: int, max_query_len: int, head_dim: int, rank_pad: int, num_splits: int
 ) -> ReduceTiles:
     """One row a program for few rows, with as many splits in flight as registers hold; else the rows of one dot."""
-    splits_pad = triton.next_power_of_2(num_splits)
-    if total_rows <= FEW_ROWS:
-        block_d = min(64 if total_rows <= 128 else 128, max(16, triton.next_power_of_2(head_dim)))
-        return ReduceTiles(1, 1, 1, block_d, max(1, min(splits_pad, MANY_SPLITS // rank_pad)), 8)
-    tokens = min(triton.next_power_of_2(max_query_len), max(1, 16 // group))
-    rows = max(16, triton.next_power_of_2(tokens * group))
     block_d = min(64, max(16, triton.next_power_of_2(head_dim)))
-    return ReduceTiles(group, tokens, rows, block_d, max(1, min(splits_pad, MANY_SPLITS // (rows * rank_pad))), 8)
+    if total_rows <= FEW_ROWS:
+        at_once = max(1, min(triton.next_power_of_2(num_splits), ROW_SPLITS * 128 // rank_pad))
+        return ReduceTiles(1, 1, 1, block_d, at_once)
+    tokens = max(1, 16 // group)  # of different requests, if each has one
+    if max_query_len > 1:
+        tokens = min(triton.next_power_of_2(max_query_len), tokens)
+    return ReduceTiles(group, tokens, max(16, triton.next_power_of_2(tokens * group)), block_d, 1)

@@ -184,6 +184,12 @@ def _bench_kernels_options(command: argparse.ArgumentParser) -> None:
     )
     text = "of the prefill, repeatable (default: 4x2048x0 1x8192x0 1x8192x32768)"
     add("--chunk", dest="chunks", action="append", type=_numbers(3, "x"), metavar="BATCHxNEWxCACHED", help=text)
+    add(
+        "--peer",
+        action="append",
+        metavar="NAME",
+        help="flash-attention-3, vllm-triton, ... alone, repeatable (default: all)",
+    )
     add("--no-peers", dest="peers", action="store_false", help="time kvsplice alone")
     add("--json", metavar="OUT", help="write the result as JSON")
 

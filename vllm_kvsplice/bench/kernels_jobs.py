@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from vllm_kvsplice.bench.kernels_data import Shape
 from vllm_kvsplice.bench.kernels_request import KernelsRequest
+from vllm_kvsplice.errors import KVSpliceError
 
 OURS = "kvsplice"
 BASELINE = ("flash-attention-3", "bf16")
@@ -26,8 +27,9 @@ DECODE_PEERS = {
     ("turboquant", "4bit_nc"): (16,),
     ("xformers-splitk", "int4"): (64,),  # its pages are multiples of 64
 }
-WRITE_PEERS = tuple(peer for peer in DECODE_PEERS if peer[0] != "xformers-splitk")
-PREFILL_PEERS = (BASELINE, ("flash-attention-3", "fp8"), ("vllm-triton", "bf16"), ("vllm-triton", "int8"))
+WRITE_PEERS = {peer: (VLLM_BLOCK_SIZE,) for peer in DECODE_PEERS if peer[0] != "xformers-splitk"}
+PREFILL_PEERS = {peer: (VLLM_BLOCK_SIZE,) for peer in list(DECODE_PEERS)[:4]}
+PEER_NAMES = tuple(dict.fromkeys(kernel for kernel, _ in DECODE_PEERS))
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,20 @@ def list_jobs(request: KernelsRequest, num_sms: int) -> list[Job]:
     return jobs
 
 
+def _chosen(
+    request: KernelsRequest, peers: dict[tuple[str, str], tuple[int, ...]]
+) -> dict[tuple[str, str], tuple[int, ...]]:
+    """The peers that a request asks for: all, those named, or none."""
+    unknown = [name for name in request.peer if name not in PEER_NAMES]
+    if unknown:
+        raise KVSpliceError(f"--peer {unknown[0]} is not known: expected some of {', '.join(PEER_NAMES)}.")
+    names = (request.peer or PEER_NAMES) if request.peers else ()
+    return {peer: sizes for peer, sizes in peers.items() if peer[0] in names}
+
+
 def _decode_jobs(request: KernelsRequest, heads: tuple[int, int], num_sms: int) -> Iterator[Job]:
     for batch, context in request.shapes:
-        for (kernel, preset), sizes in DECODE_PEERS.items() if request.peers else ():
+        for (kernel, preset), sizes in _chosen(request, DECODE_PEERS).items():
             for block_size in sizes:
                 yield Job("decode", kernel, preset, heads, request.head_dim, batch, context, 1, block_size)
         for preset in request.presets:
@@ -100,14 +113,14 @@ def _split_counts(
 
 
 def _write_jobs(request: KernelsRequest, heads: tuple[int, int]) -> Iterator[Job]:
-    everyone = (*(WRITE_PEERS if request.peers else ()), *((OURS, preset) for preset in request.presets))
+    everyone = (*_chosen(request, WRITE_PEERS), *((OURS, preset) for preset in request.presets))
     for tokens in request.write_tokens:
         for kernel, preset in everyone:
             yield Job("write", kernel, preset, heads, request.head_dim, 1, tokens, tokens, VLLM_BLOCK_SIZE)
 
 
 def _prefill_jobs(request: KernelsRequest, heads: tuple[int, int]) -> Iterator[Job]:
-    everyone = (*(PREFILL_PEERS if request.peers else ()), *((OURS, preset) for preset in request.presets))
+    everyone = (*_chosen(request, PREFILL_PEERS), *((OURS, preset) for preset in request.presets))
     for batch, query_len, cached in request.chunks:
         for kernel, preset in everyone:
             context = cached + query_len

@@ -18,7 +18,8 @@ class KernelsRequest:
     Args:
         presets: names or .toml files, as `kvsplice calibrate --preset` takes them; bases are random.
         heads: (query heads, KV heads). shapes: (requests, tokens of each) of the decode kernel.
-        what: "decode", "write" and "prefill". peers: other kernels beside ours, where they can be imported.
+        what: "decode", "write" and "prefill". peers: other kernels beside ours, where they can be imported; peer: those of
+            these names alone, for example "flash-attention-3".
         json: file for the result. splits: the count that serving would choose, or a "sweep" around it.
         block_sizes: of our decode kernel. write_tokens: tokens of a cache write.
         chunks: (requests, new tokens of each, tokens that each has in the cache before) of a prefill.
@@ -30,6 +31,7 @@ class KernelsRequest:
     shapes: tuple[tuple[int, int], ...] = ((64, 4096), (256, 2048), (16, 32768), (8, 8192), (1, 32768))
     what: tuple[str, ...] = KINDS
     peers: bool = True
+    peer: tuple[str, ...] = ()
     json: str | None = None
     splits: Literal["chosen", "sweep"] = "chosen"
     block_sizes: tuple[int, ...] = (16, 64)
