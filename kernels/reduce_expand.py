@@ -21,7 +21,6 @@ from kvsplice_kernels.query_tiles import check_requests, find_tile, num_query_ti
 FEW_ROWS = 512  # query rows (tokens x heads) up to which one program takes one row, for the parallelism
 ROW_SPLITS = 64  # splits that the program of one row holds at once
 NUM_WARPS = 8
-UNROLL = tl.constexpr(4)  # splits whose loads a program of many rows has in flight
 
 
 @triton.jit
@@ -59,14 +58,23 @@ def _merge_one(
 
 @triton.jit
 def _merge_many(
-    latent_ptr, lse_ptr, row, row_ok, num_splits, rank, rank_ok, SPLITS_PAD: tl.constexpr, RANK: tl.constexpr
+    latent_ptr,
+    lse_ptr,
+    row,
+    row_ok,
+    num_splits,
+    rank,
+    rank_ok,
+    SPLITS_PAD: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    RANK: tl.constexpr,
 ):
     """The same of M rows: ([M, rank], [M])."""
     m, inverse, used = _weights(lse_ptr, row, row_ok, num_splits, SPLITS_PAD)
     partial = row * num_splits
     z = tl.zeros([row.shape[0], rank.shape[0]], tl.float32)
-    for first in range(0, used, UNROLL):
-        for i in tl.static_range(UNROLL):
+    for first in range(0, used, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
             wanted = tl.where(row_ok, first + i, used) < used
             ptrs = latent_ptr + (partial + first + i)[:, None] * RANK + rank[None, :]
             latent = tl.load(ptrs, mask=wanted[:, None] & rank_ok[None, :], other=0.0)
@@ -141,7 +149,9 @@ def reduce_expand_kernel(
                 latent_ptr, lse_ptr, row, written, num_splits, rank, rank_ok, SPLITS_PAD, AT_ONCE, RANK
             )
         else:
-            z, any_seen = _merge_many(latent_ptr, lse_ptr, row, written, num_splits, rank, rank_ok, SPLITS_PAD, RANK)
+            z, any_seen = _merge_many(
+                latent_ptr, lse_ptr, row, written, num_splits, rank, rank_ok, SPLITS_PAD, AT_ONCE, RANK
+            )
         full = tl.where(any_seen[:, None], _expand(z, high, low) + mean[None, :], 0.0)
         out_ptrs = out_ptr + (token * stride_t + head * stride_h)[:, None] + d[None, :]
         tl.store(out_ptrs, to_float(full, out_ptr.dtype.element_ty), mask=row_ok[:, None] & d_ok[None, :])
@@ -192,7 +202,7 @@ def reduce_expand(
         GROUP=group, HEADS=cut.heads, HEAD_DIM=head_dim, RANK=rank, RANK_PAD=rank_pad,
         SKIP_FIRST_CHUNKS=skip_first_chunks, ONE_TILE=max_query_len <= cut.tile_tokens,
         ONE_QUERY=max_query_len == 1, TILE_TOKENS=cut.tile_tokens, M=cut.rows, BLOCK_D=cut.block_d, SPLITS_PAD=triton.next_power_of_2(num_splits), AT_ONCE=cut.at_once,
-        num_warps=NUM_WARPS, num_stages=1, **pdl_options(latent.device),
+        num_warps=cut.num_warps, num_stages=1, **pdl_options(latent.device),
     )  # fmt: skip
 
 
@@ -203,7 +213,8 @@ class ReduceTiles(NamedTuple):
     tile_tokens: int  # query tokens of a program
     rows: int  # of its dot; 1: no dot
     block_d: int  # outputs of a program
-    at_once: int  # splits that it holds at once, where it has one row
+    at_once: int  # splits whose loads it has in flight
+    num_warps: int
 
 
 def reduce_tiles(
@@ -213,8 +224,8 @@ def reduce_tiles(
     block_d = min(64, max(16, triton.next_power_of_2(head_dim)))
     if total_rows <= FEW_ROWS:
         at_once = max(1, min(triton.next_power_of_2(num_splits), ROW_SPLITS * 128 // rank_pad))
-        return ReduceTiles(1, 1, 1, block_d, at_once)
+        return ReduceTiles(1, 1, 1, block_d, at_once, NUM_WARPS)
     tokens = max(1, 16 // group)  # of different requests, if each has one
     if max_query_len > 1:
         tokens = min(triton.next_power_of_2(max_query_len), tokens)
-    return ReduceTiles(group, tokens, max(16, triton.next_power_of_2(tokens * group)), block_d, 1)
+    return ReduceTiles(group, tokens, max(16, triton.next_power_of_2(tokens * group)), block_d, 4, NUM_WARPS)

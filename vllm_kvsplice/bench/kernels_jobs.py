@@ -6,7 +6,7 @@ In: the request. Out: jobs, in the order of the table. Next: ``kernels_build`` m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from vllm_kvsplice.bench.kernels_data import Shape
@@ -28,7 +28,7 @@ DECODE_PEERS = {
     ("xformers-splitk", "int4"): (64,),  # its pages are multiples of 64
 }
 WRITE_PEERS = {peer: (VLLM_BLOCK_SIZE,) for peer in DECODE_PEERS if peer[0] != "xformers-splitk"}
-PREFILL_PEERS = {peer: (VLLM_BLOCK_SIZE,) for peer in list(DECODE_PEERS)[:4]}
+PREFILL_PEERS = dict.fromkeys(list(DECODE_PEERS)[:4], (VLLM_BLOCK_SIZE,))
 PEER_NAMES = tuple(dict.fromkeys(kernel for kernel, _ in DECODE_PEERS))
 
 
@@ -80,7 +80,7 @@ def list_jobs(request: KernelsRequest, num_sms: int) -> list[Job]:
 
 
 def _chosen(
-    request: KernelsRequest, peers: dict[tuple[str, str], tuple[int, ...]]
+    request: KernelsRequest, peers: Mapping[tuple[str, str], tuple[int, ...]]
 ) -> dict[tuple[str, str], tuple[int, ...]]:
     """The peers that a request asks for: all, those named, or none."""
     unknown = [name for name in request.peer if name not in PEER_NAMES]
