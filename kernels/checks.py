@@ -35,8 +35,8 @@ def check_cache(kv_cache: Tensor, plans: tuple[tuple[tuple[int, ...], ...], ...]
     block_size, cell = kv_cache.shape[2:]
     if kv_cache.stride(3) != 1 or kv_cache.stride(2) != cell:
         raise ValueError(f"kv_cache: expected contiguous (block_size, C) pages, got strides {kv_cache.stride()}")
-    if kv_cache.stride(0) % 2 or kv_cache.stride(1) % 2 or kv_cache.data_ptr() % 2:
-        raise ValueError(f"kv_cache: pages must start on even bytes, got strides {kv_cache.stride()}")
+    if kv_cache.stride(0) % 4 or kv_cache.stride(1) % 4 or kv_cache.data_ptr() % 4:
+        raise ValueError(f"kv_cache: pages must start on multiples of 4 bytes, got strides {kv_cache.stride()}")
     if block_size % 16:
         raise NotImplementedError(f"kv_cache: block size {block_size} is not a multiple of 16")
     for plan in plans:

@@ -180,7 +180,7 @@ def _expand_tier(
     operands, unit, ones = tier
     acc = tl.zeros(x.shape, tl.float32)
     for c in tl.static_range(num_chunks(PLAN, t)):
-        raw = load_codes(page, row, valid, PLAN, t, c, WIDE, False)
+        raw = load_codes(page, row, valid, PLAN, t, c, WIDE)
         for i in tl.static_range(num_parts(PLAN, t)):
             codes = operand(raw, i, PLAN, t)
             acc = dot(codes, operands[2 * (c * num_parts(PLAN, t) + i)], acc, "ieee")

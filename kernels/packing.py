@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codes in a page: the jit helpers that cache_write, decode and fused_expand share, each with its inverse beside it.
+"""Codes in a page: arithmetic and places that cache_write, decode and fused_expand share.
 
-In come tier plans (plain tuples of integers) and page pointers; out go rounded and packed codes, or codes as exact
-fp16 tiles. The meaning is reference.quantize, pack, unpack and dequantize.
+In come tier plans (plain tuples of integers) and page pointers; out go pointers, and codes as exact fp16 tiles. The meaning is
+reference.unpack and dequantize. Rounding and packing are in quantize, the operands of decode in operands.
 """
 
 import triton
@@ -66,7 +66,7 @@ def inverse_power_of_two(x):
     return ((254 << 23) - x.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
-# ---------------------------------------------------------------- codes: numbers -> bytes and back
+# ---------------------------------------------------------------- codes
 @triton.jit
 def to_fp16(x):
     """Nearest fp16, saturating."""
@@ -80,35 +80,8 @@ def round_even(x):
 
 
 @triton.jit
-def inverse_scale(scale):
-    """1 / scale [rows] fp32, correctly rounded; 0 for a zero scale, which makes every code 0."""
-    safe = tl.where(scale > 0, scale, 1.0)
-    return tl.where(scale > 0, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), safe), 0.0)
-
-
-@triton.jit
-def round_to_code(z, scale, inverse, zero, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """Nearest code of z [rows, dims] as fp32, ties to even; scale, inverse_scale(scale) and zero [rows] fp32."""
-    z -= zero[:, None]
-    code = z * inverse[:, None]
-    if INTERPRETED:  # whose fma rounds twice
-        code = tl.where((inverse > 0)[:, None], tl.div_rn(z, tl.where(inverse > 0, scale, 1.0)[:, None] + z * 0.0), 0.0)
-    else:  # one step of Newton's method makes it the correctly rounded quotient
-        remainder = tl.fma(-code, tl.broadcast_to(scale[:, None], z.shape), z)
-        code = tl.fma(remainder, tl.broadcast_to(inverse[:, None], z.shape), code)
-    code = tl.minimum(tl.maximum(code, LOW), HIGH)
-    return round_even(code)
-
-
-@triton.jit
-def pack_part(packed, code, i: tl.constexpr, NBITS: tl.constexpr):
-    """Add part i of a byte: fp32 codes into int32 ``packed`` (start from 0)."""
-    return packed | ((code.to(tl.int32) & ((1 << NBITS) - 1)) << (i * NBITS))
-
-
-@triton.jit
 def unpack_part(raw, i: tl.constexpr, NBITS: tl.constexpr):
-    """Inverse of pack_part: uint8 -> exact fp16 codes. 0x6400 | n is the fp16 number 1024 + n: no slow int-to-float."""
+    """Part i of uint8 bytes -> exact fp16 codes. 0x6400 | n is the fp16 number 1024 + n: no slow int-to-float."""
     if INTERPRETED:
         word = raw.to(tl.int16)
         if NBITS == 8:
@@ -171,24 +144,16 @@ def page_of(cache_ptr, block, stride_block):
 
 
 @triton.jit
-def code_ptrs(
-    page, row, PLAN: tl.constexpr, t: tl.constexpr, c: tl.constexpr, WIDE: tl.constexpr, TRANSPOSED: tl.constexpr
-):
-    """Pointers to a chunk [rows, PAD], or [PAD, rows] if TRANSPOSED; page: one uint8 pointer, or one for each row."""
+def code_ptrs(page, row, PLAN: tl.constexpr, t: tl.constexpr, c: tl.constexpr, WIDE: tl.constexpr):
+    """Pointers to a chunk [rows, PAD]; page: one uint8 pointer, or one for each row."""
     plane = page + codes_offset(PLAN, t)
     if tier_bits(PLAN, t) == 16:
         plane = plane.to(tl.pointer_type(WIDE))
     plane += block_size_of(PLAN, t) * chunk_col(PLAN, t, c)
-    row = unit_of(row, PLAN, t, c)
+    if len(page.shape) == 1:
+        plane = plane[:, None]
     col = tl.arange(0, chunk_pad(PLAN, t, c))
-    if TRANSPOSED:
-        if len(page.shape) == 1:
-            plane = plane[None, :]
-        return plane + (row[None, :] * chunk_width(PLAN, t, c) + col[:, None])
-    else:
-        if len(page.shape) == 1:
-            plane = plane[:, None]
-        return plane + (row[:, None] * chunk_width(PLAN, t, c) + col[None, :])
+    return plane + (unit_of(row, PLAN, t, c)[:, None] * chunk_width(PLAN, t, c) + col[None, :])
 
 
 @triton.jit
@@ -212,24 +177,16 @@ def code_offsets(row, col, PLAN: tl.constexpr, t: tl.constexpr):
 
 
 @triton.jit
-def load_codes(
-    page, row, valid, PLAN: tl.constexpr, t: tl.constexpr, c: tl.constexpr, WIDE: tl.constexpr, TRANSPOSED: tl.constexpr
-):
+def load_codes(page, row, valid, PLAN: tl.constexpr, t: tl.constexpr, c: tl.constexpr, WIDE: tl.constexpr):
     """Raw chunk of tokens ``row`` of a page. Foreign bytes in rows that are not valid come out finite, never as NaN."""
-    ptrs = code_ptrs(page, row, PLAN, t, c, WIDE, TRANSPOSED)
+    ptrs = code_ptrs(page, row, PLAN, t, c, WIDE)
     inside = own_columns(PLAN, t, c)
     if tier_bits(PLAN, t) == 16:
-        if TRANSPOSED:
-            return tl.load(ptrs, mask=inside[:, None] & valid[None, :], other=0.0)
-        else:
-            return tl.load(ptrs, mask=inside[None, :] & valid[:, None], other=0.0)
+        return tl.load(ptrs, mask=inside[None, :] & valid[:, None], other=0.0)
+    elif chunk_pad(PLAN, t, c) == chunk_width(PLAN, t, c):
+        return tl.load(ptrs)
     else:
-        if chunk_pad(PLAN, t, c) == chunk_width(PLAN, t, c):
-            return tl.load(ptrs)
-        elif TRANSPOSED:
-            return tl.load(ptrs, mask=inside[:, None], other=0)
-        else:
-            return tl.load(ptrs, mask=inside[None, :], other=0)
+        return tl.load(ptrs, mask=inside[None, :], other=0)
 
 
 @triton.jit

@@ -123,9 +123,3 @@ def chunk_width(plan, t, c):
 def chunk_pad(plan, t, c):
     """Elements of chunk c of tier t with padding, a power of two."""
     return _cut(plan[t])[c][2]
-
-
-@triton.constexpr_function
-def chunk_part(plan, t, c):
-    """Index of the first part of chunk c of tier t in the flat tuple of all parts."""
-    return sum(len(_cut(tier)) * _parts(tier) for tier in plan[:t]) + c * _parts(plan[t])

@@ -140,15 +140,12 @@ def test_batch_invariance_devices_and_dtype() -> None:
 
 
 def test_exact_prefill_needs_a_head_that_flash_attention_takes() -> None:
-    with pytest.raises(KVSpliceError, match="head_dim 256 with 17 query heads"):
-        refusals.check_kernels("exact", 256, 17, "cuda")
     with pytest.raises(KVSpliceError, match="exact prefill at head_dim 512.*prefill latent"):
-        refusals.check_kernels("exact", 512, 1, "cuda")
+        refusals.check_kernels("exact", 512, "cuda")
     for arguments in (
-        ("latent", 512, 1, "cuda"),
-        ("exact", 512, 71, "cpu"),
-        ("exact", 256, 16, "cuda"),
-        ("exact", 128, 71, "cuda"),
+        ("latent", 512, "cuda"),
+        ("exact", 512, "cpu"),
+        ("exact", 256, "cuda"),
     ):
         refusals.check_kernels(*arguments)
 

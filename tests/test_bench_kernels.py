@@ -341,7 +341,7 @@ def test_prefill_is_checked_by_the_chunk_s_last_rows(monkeypatch, context, scale
 
 def test_prefill_gives_the_serving_path_what_the_backend_gives_it(monkeypatch):
     seen = []
-    module = types.SimpleNamespace(prefill=lambda *args: seen.append(args))
+    module = types.SimpleNamespace(prefill=lambda *args: seen.append(args), Tensors=lambda *parts: parts)
     monkeypatch.setattr("vllm_kvsplice.serving.triton_path", module, raising=False)
     monkeypatch.setitem(sys.modules, "vllm_kvsplice.serving.triton_path", module)
     at = job(what="prefill", context=33, query_len=10)
@@ -349,9 +349,9 @@ def test_prefill_gives_the_serving_path_what_the_backend_gives_it(monkeypatch):
     batch = kernels_data.make_batch(at.shape, 2, "cpu")
     for call in kernels_prefill.serve(codec, at.shape, batch, torch.zeros(0), (batch.query, batch.query)):
         call()
-    (layer, bases, _, _, _, step, out), other = seen
+    (layer, (bases, prepared), _, _, _, step, out), other = seen
     assert (layer.num_heads, layer.num_kv_heads, layer.layout) == (4, 2, codec.layout) and out is batch.out
-    assert bases.k_decode is codec.k_decode and bases.v_mean is codec.v_mean
+    assert bases.k_decode is codec.k_decode and bases.v_mean is codec.v_mean and prepared is codec.prepared
     assert (step.num_reqs, step.num_tokens, step.max_query_len, step.max_seq_len) == (2, 20, 10, 33)
     assert step.first_chunk == [False, False] and step.query_start_loc_cpu.tolist() == [0, 10, 20]
     assert step.block_table is batch.tables[0] and other[5].block_table is batch.tables[1]

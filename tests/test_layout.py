@@ -3,7 +3,7 @@
 
 import pytest
 
-from vllm_kvsplice.codec.layout import LatentLayout, TierPlan, ratios
+from vllm_kvsplice.codec.layout import LatentLayout, TierPlan, ratios, runs, unit_of
 from vllm_kvsplice.errors import KVSpliceError
 
 NEAR_LOSSLESS = [(8, 32), (4, 96)]
@@ -33,9 +33,12 @@ def test_bytes_per_token_and_head(head_dim, k, v, k_bytes, v_bytes):
 
 def test_plane_offsets_of_a_16_token_page():
     layout = LatentLayout.of(128, NEAR_LOSSLESS, [(8, 64), (2, 32), (0, 32)])
-    assert layout.plan("k", 16) == (TierPlan(8, 32, 0, 0, 1280), TierPlan(4, 96, 32, 512, 1312))
-    # V starts after 16 * 86 bytes of K: 64 * 16 codes, 8 * 16 codes, then scales, then (scale, zero) pairs
-    assert layout.plan("v", 16) == (TierPlan(8, 64, 0, 1376, 2528), TierPlan(2, 32, 64, 2400, 2560))
+    assert layout.plan("k", 16) == (TierPlan(8, 32, 0, 0, 1280, 16, False), TierPlan(4, 96, 32, 512, 1312, 16, False))
+    # V starts after 16 * 86 bytes of K: 64 * 16 codes, 8 * 16 codes, then scales, then (zero, scale) pairs
+    assert layout.plan("v", 16) == (
+        TierPlan(8, 64, 0, 1376, 2528, 16, True),
+        TierPlan(2, 32, 64, 2400, 2560, 16, True),
+    )
     assert layout.page_bytes(16) == 2624 == 2560 + 64
 
 
@@ -98,3 +101,17 @@ def test_json_from_outside_is_refused_in_one_sentence(data):
 def test_block_sizes_that_break_alignment(block_size):
     with pytest.raises(KVSpliceError, match="multiple of 16"):
         LatentLayout.of(64, [(8, 64)], [(8, 64)]).page_bytes(block_size)
+
+
+@pytest.mark.parametrize(
+    ("elements", "expected"),
+    [(48, [(0, 32), (32, 16)]), (128, [(0, 128)]), (7, [(0, 4), (4, 2), (6, 1)]), (1, [(0, 1)])],
+)
+def test_a_row_is_cut_into_powers_of_two(elements, expected):
+    assert runs(elements) == expected
+
+
+def test_tokens_in_pairs_keep_to_their_sixteen_and_lie_eight_apart():
+    units = [unit_of(token) for token in range(48)]
+    assert sorted(units) == list(range(48)) and all(u // 16 == t // 16 for t, u in enumerate(units))
+    assert all(unit_of(t + 8) == unit_of(t) + 1 for t in range(48) if t % 16 < 8)

@@ -47,9 +47,7 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         refusals.check_layer(head_size, alibi_slopes, kv_cache_dtype, attn_type, extra)
         refusals.check_engine(self.vllm_config, batch_invariant(), device_kind())
         self.settings = read_settings(self.vllm_config.additional_config)
-        refusals.check_kernels(
-            self.settings.prefill, head_size, num_heads // (num_kv_heads or num_heads), device_kind()
-        )
+        refusals.check_kernels(self.settings.prefill, head_size, device_kind())
         if self.settings.projector is None and self.vllm_config.model_config is not None:
             projector_source.check_beside(self.vllm_config.model_config.model)
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)

@@ -15,7 +15,6 @@ from vllm_kvsplice.codec.layout import BLOCK_MULTIPLE, MAX_HEAD_DIM, TIER_MULTIP
 from vllm_kvsplice.errors import KVSpliceError
 
 FLASH_HEAD_DIM = 256  # FlashAttention's largest on the GPUs that run these kernels
-MAX_WIDE_GROUP = 16  # query heads: one 16-row tile, see kernels/decode.py query_tile
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 
 
@@ -75,10 +74,8 @@ def check_engine(config: Any, batch_invariant: bool, device_type: str) -> None:
         _check_model(model, device_type)
 
 
-def check_kernels(prefill: str, head_dim: int, group: int, device_type: str) -> None:
-    """Refuse what no GPU kernel does: exact prefill of wide heads, wide heads with many query heads to a KV head."""
-    if device_type == "cuda" and head_dim > 128 and group > MAX_WIDE_GROUP:
-        _refuse(f"head_dim {head_dim} with {group} query heads to a KV head on CUDA (at most {MAX_WIDE_GROUP} there)")
+def check_kernels(prefill: str, head_dim: int, device_type: str) -> None:
+    """Refuse what no GPU kernel does: exact prefill of wide heads."""
     if prefill == "exact" and device_type == "cuda" and head_dim > FLASH_HEAD_DIM:
         _refuse(f"exact prefill at head_dim {head_dim}", "use --additional-config.kvsplice.prefill latent")
 
