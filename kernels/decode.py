@@ -17,233 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvsplice_kernels.accumulate import add_values, add_zeros, greatest_scale, init_values, scaled, store_latent
 from kvsplice_kernels.checks import check_cache, check_dense, wide_type
-from kvsplice_kernels.operands import (
-    SUB,
-    folded,
-    halves,
-    key_codes,
-    key_depth,
-    key_first,
-    key_index,
-    key_parts,
-    load_keys,
-    load_scales,
-    load_value_pairs,
-    load_values,
-    pages_of,
-    query_index,
-    scale_of,
-    value_codes,
-    value_factor,
-    value_first,
-    value_index,
-    value_parts,
-    value_rows,
-    word_width,
-    zero_of,
-)
-from kvsplice_kernels.packing import dot, floor_power_of_two, inverse_power_of_two, page_of, round_even, to_float
+from kvsplice_kernels.logits import Q_STEP, cast_query, load_query, logits
+from kvsplice_kernels.operands import SUB, load_scales, pages_of
+from kvsplice_kernels.packing import floor_power_of_two, inverse_power_of_two, page_of
 from kvsplice_kernels.pdl import launch_dependents, pdl_options, wait
-from kvsplice_kernels.plan import Plan, chunk_paired, chunk_width, has_zero, num_chunks, num_tiers, rank_of, tier_bits
+from kvsplice_kernels.plan import Plan, rank_of
 from kvsplice_kernels.query_tiles import check_requests, find_tile, num_query_tiles, request_lens
 
 TILE = 32  # tokens of a key tile
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-HIGH = tl.constexpr(63.5)  # q in units of a power of two not above its greatest magnitude: |q| < 2, |high| <= 127
-LOW = tl.constexpr(254)
-Q_STEP = tl.constexpr(1 / (63.5 * 254))
-# p * scale fills fp16 up to 2**15: tokens whose scale is 2**-29 of the greatest one still count.
-HEADROOM = tl.constexpr(16384.0)
-
-
-# ---------------------------------------------------------------- queries
-@triton.jit
-def _load_query(q_ptrs, row_ok, PLAN: tl.constexpr):
-    """q_latent as fp32 parts [N, PAD / 16, 16], and the power of two below each row's greatest magnitude [N].
-
-    In this order a thread loads what the dot's operand wants of it, four neighbours in each 16, so that turning the part
-    into [PAD, N] moves nothing. It would be moved again for every tile: Triton 3.6 sinks such moves into loops.
-    """
-    parts = ()
-    greatest = tl.zeros(row_ok.shape, tl.float32)
-    for t in tl.static_range(num_tiers(PLAN)):
-        for c in tl.static_range(num_chunks(PLAN, t)):
-            for i in tl.static_range(key_parts(PLAN, t)):
-                k = tl.arange(0, 16)[None, None, :] + 16 * tl.arange(0, key_depth(PLAN, t, c) // 16)[None, :, None]
-                inside = row_ok[:, None, None] & (k < chunk_width(PLAN, t, c))
-                q = tl.load(q_ptrs[:, None, None] + (key_first(PLAN, t, c, i) + k), mask=inside, other=0.0)
-                greatest = tl.maximum(greatest, tl.max(tl.max(tl.abs(q), 2), 1))
-                parts = parts + (q,)
-    return parts, floor_power_of_two(greatest)
-
-
-@triton.jit
-def _cast_query(parts, unit, PLAN: tl.constexpr, WIDE: tl.constexpr):
-    """Operands in steps of unit * Q_STEP, (high, low) int8 of every part, or one float of ``unit`` at 16 bits; and for
-    each tier their sum as rounded, in steps [N]."""
-    inverse = inverse_power_of_two(unit)[:, None, None]
-    cast, sums = (), ()
-    for t in tl.static_range(num_tiers(PLAN)):
-        total = tl.zeros(unit.shape, tl.float32)
-        for c in tl.static_range(num_chunks(PLAN, t)):
-            for i in tl.static_range(key_parts(PLAN, t)):
-                q = parts[key_index(PLAN, t, c) + i] * inverse
-                if tier_bits(PLAN, t) == 16:
-                    cast = cast + (_operand(to_float(q, WIDE)),)
-                else:
-                    high = round_even(q * HIGH)
-                    low = round_even((q * HIGH - high) * LOW)
-                    total += tl.sum(tl.sum(high * LOW + low, 2), 1)
-                    cast = cast + (_operand(high.to(tl.int8)), _operand(low.to(tl.int8)))
-        sums = sums + (total,)
-    return cast, sums
-
-
-@triton.jit
-def _operand(q):
-    """[N, PAD / 16, 16] -> [PAD, N]."""
-    return tl.reshape(tl.permute(q, (1, 2, 0)), [q.shape[1] * 16, q.shape[0]])
-
-
-# ---------------------------------------------------------------- keys
-@triton.jit
-def _tier_logits(x, q, q_sum, page, row, valid, raw, PLAN: tl.constexpr, t: tl.constexpr, WIDE: tl.constexpr):
-    """x [TILE, N] plus one tier's share of q.k^, in steps of the query."""
-    if tier_bits(PLAN, t) == 16:
-        u = tl.zeros(x.shape, tl.float32)
-        for c in tl.static_range(num_chunks(PLAN, t)):
-            k = load_keys(page, row, valid, PLAN, t, c, WIDE)
-            u = dot(k, q[query_index(PLAN, t, c)], u, "ieee")
-        return x + u * (1.0 / Q_STEP)
-    else:
-        high, low = tl.zeros(x.shape, tl.int32), tl.zeros(x.shape, tl.int32)
-        for c in tl.static_range(num_chunks(PLAN, t)):
-            k = load_keys(page, row, valid, PLAN, t, c, WIDE)
-            for i in tl.static_range(key_parts(PLAN, t)):
-                codes = key_codes(k, i, PLAN, t)
-                high = tl.dot(codes, q[query_index(PLAN, t, c) + 2 * i], high, out_dtype=tl.int32)
-                low = tl.dot(codes, q[query_index(PLAN, t, c) + 2 * i + 1], low, out_dtype=tl.int32)
-        if has_zero(PLAN, t):
-            x += q_sum[None, :] * zero_of(raw)[:, None]
-        return x + (high * LOW + low).to(tl.float32) * scale_of(raw)[:, None]
-
-
-@triton.jit
-def _logits(
-    q, q_sums, page, row, position, valid, q_position,
-    ONE_QUERY: tl.constexpr, WINDOW: tl.constexpr, PLAN: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """q.k^ of a tile [TILE, N] in steps of the query, -inf where a token is not seen."""
-    raw = load_scales(page, row, valid, PLAN)
-    if ONE_QUERY:
-        bias = tl.where(valid, 0.0, float("-inf"))
-        x = tl.broadcast_to(bias[:, None], [position.shape[0], q_position.shape[0]])
-    else:
-        distance = q_position[None, :] - position[:, None]
-        seen = (distance >= 0) & valid[:, None]
-        if WINDOW > 0:
-            seen = seen & (distance < WINDOW)
-        x = tl.where(seen, 0.0, float("-inf"))
-    for t in tl.static_range(num_tiers(PLAN)):
-        x = _tier_logits(x, q, q_sums[t], page, row, valid, raw[t], PLAN, t, WIDE)
-    return x
-
-
-# ---------------------------------------------------------------- values
-@triton.jit
-def _init_values(PLAN: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr):
-    """(accumulators [rows, N] of every operand, zero-point sums [TILE, N] of every tier)."""
-    acc, zero_sums = (), ()
-    for t in tl.static_range(num_tiers(PLAN)):
-        for c in tl.static_range(num_chunks(PLAN, t)):
-            for _ in tl.static_range(value_parts(PLAN, t) * (2 if chunk_paired(PLAN, t, c) else 1)):
-                acc = acc + (tl.zeros([value_rows(PLAN, t, c), N], tl.float32),)
-        zero_sums = zero_sums + (tl.zeros([TILE, N], tl.float32),)
-    return acc, zero_sums
-
-
-@triton.jit
-def _greatest_scale(unit, raw, PLAN: tl.constexpr):
-    """The greatest scale of V so far, over all tiers, down to a power of two."""
-    for t in tl.static_range(num_tiers(PLAN)):
-        if tier_bits(PLAN, t) < 16:  # the bits of positive floats rise with the number
-            unit = tl.maximum(unit, floor_power_of_two(scale_of(tl.max(raw[t], 0))))
-    return unit
-
-
-@triton.jit
-def _scaled(acc, factor, wide_factor, PLAN: tl.constexpr):
-    """Accumulators times a factor [N]; those of 16-bit tiers, which know no unit, times another."""
-    new = ()
-    for t in tl.static_range(num_tiers(PLAN)):
-        for c in tl.static_range(num_chunks(PLAN, t)):
-            for i in tl.static_range(value_parts(PLAN, t) * (2 if chunk_paired(PLAN, t, c) else 1)):
-                f = wide_factor if tier_bits(PLAN, t) == 16 else factor
-                new = new + (acc[value_index(PLAN, t, c) + i] * f[None, :],)
-    return new
-
-
-@triton.jit
-def _add_values(
-    acc, p, inverse_unit, page, row, pair_page, pair_row, valid, raw, PLAN: tl.constexpr, WIDE: tl.constexpr
-):
-    """A tile's share of sum_t p_t z_t: p [TILE, N] times scales in their unit, dotted with the codes."""
-    new = ()
-    in_unit = p * (inverse_unit * HEADROOM)
-    for t in tl.static_range(num_tiers(PLAN)):
-        if tier_bits(PLAN, t) == 16:
-            weights = to_float(p * HEADROOM, WIDE)
-        else:
-            weights = (in_unit * scale_of(raw[t])[:, None]).to(tl.float16)
-        for c in tl.static_range(num_chunks(PLAN, t)):
-            if chunk_paired(PLAN, t, c):
-                words = load_value_pairs(pair_page, pair_row, PLAN, t, c)
-                first, second = halves(weights)
-                for i in tl.static_range(value_parts(PLAN, t)):
-                    codes = value_codes(words, i, PLAN, t)
-                    new = new + (dot(codes, first, acc[value_index(PLAN, t, c) + 2 * i], "ieee"),)
-                    new = new + (dot(codes, second, acc[value_index(PLAN, t, c) + 2 * i + 1], "ieee"),)
-            else:
-                words = load_values(page, row, valid, PLAN, t, c, WIDE)
-                for i in tl.static_range(value_parts(PLAN, t)):
-                    codes = value_codes(words, i, PLAN, t)
-                    new = new + (dot(codes, weights, acc[value_index(PLAN, t, c) + i], "ieee"),)
-    return new
-
-
-@triton.jit
-def _add_zeros(zero_sums, p, alpha, raw, PLAN: tl.constexpr):
-    """Sums of p * zero by tier, still [TILE, N]: they are added up over the tokens once, at the end."""
-    new = ()
-    for t in tl.static_range(num_tiers(PLAN)):
-        if has_zero(PLAN, t):
-            new = new + (zero_sums[t] * alpha[None, :] + p * zero_of(raw[t])[:, None],)
-        else:
-            new = new + (zero_sums[t],)
-    return new
-
-
-@triton.jit
-def _store_latent(latent_ptrs, row_ok, acc, zero_sums, unit, inverse_sum, PLAN: tl.constexpr):
-    """Normalise and store the split's latent, zero points added."""
-    for t in tl.static_range(num_tiers(PLAN)):
-        zero_sum = tl.sum(zero_sums[t], 0)
-        step = 1 if tier_bits(PLAN, t) == 16 else 2
-        for c in tl.static_range(num_chunks(PLAN, t)):
-            for i in tl.static_range(value_parts(PLAN, t)):
-                if chunk_paired(PLAN, t, c):
-                    first = acc[value_index(PLAN, t, c) + 2 * i]
-                    z = folded(first, acc[value_index(PLAN, t, c) + 2 * i + 1])
-                else:
-                    z = acc[value_index(PLAN, t, c) + i]
-                row = tl.arange(0, z.shape[0])
-                factor = (unit if tier_bits(PLAN, t) < 16 else 1.0) * (1.0 / (HEADROOM * value_factor(PLAN, t, i)))
-                z = (z * factor + zero_sum[None, :]) * inverse_sum[None, :]
-                mask = row_ok[None, :] & (row < word_width(PLAN, t, c))[:, None]
-                ptrs = latent_ptrs[None, :] + (value_first(PLAN, t, c, i) + step * row)[:, None]
-                tl.store(ptrs, z, mask=mask)
 
 
 # ---------------------------------------------------------------- one program
@@ -300,13 +85,13 @@ def _attend(
     ONE_QUERY: tl.constexpr, K_PLAN: tl.constexpr, V_PLAN: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Attend the rows to the tokens [first_token, end_token) of the tiles [tile, last_tile) and store (latent, lse)."""
-    parts, q_unit = _load_query(q_ptrs, row_ok, K_PLAN)
-    q, q_sums = _cast_query(parts, q_unit, K_PLAN, WIDE)
+    parts, q_unit = load_query(q_ptrs, row_ok, K_PLAN)
+    q, q_sums = cast_query(parts, q_unit, K_PLAN, WIDE)
     step = q_unit * (Q_STEP * scale)  # of a logit
     factor = step * LOG2E
     if SOFT_CAP:
         factor = tl.full([N], LOG2E, tl.float32)
-    acc, zero_sums = _init_values(V_PLAN, N, TILE)
+    acc, zero_sums = init_values(V_PLAN, N, TILE)
     unit = floor_power_of_two(tl.max(tl.zeros([SUB], tl.float32), 0))
     m = tl.full([N], float("-inf"), tl.float32)
     row_sum = tl.zeros([TILE, N], tl.float32)
@@ -323,19 +108,19 @@ def _attend(
         position = i * TILE + token
         row = position % BLOCK_SIZE
         valid = (position >= first_token) & (position < end_token)
-        x = _logits(q, q_sums, page, row, position, valid, q_position, ONE_QUERY, WINDOW, K_PLAN, WIDE)
+        x = logits(q, q_sums, page, row, position, valid, q_position, ONE_QUERY, WINDOW, K_PLAN, WIDE)
         if SOFT_CAP:
             x = _capped(x, step, bias * scale, soft_cap)
         p, alpha, m = _softmax_step(x, m, factor)
         row_sum = row_sum * alpha[None, :] + p
 
         raw = load_scales(page, row, valid, V_PLAN)
-        new_unit = _greatest_scale(unit, raw, V_PLAN)
+        new_unit = greatest_scale(unit, raw, V_PLAN)
         inverse_unit = inverse_power_of_two(new_unit)
-        acc = _scaled(acc, alpha * (unit * inverse_unit), alpha, V_PLAN)
+        acc = scaled(acc, alpha * (unit * inverse_unit), alpha, V_PLAN)
         pair_row = (i * TILE + pair_token) % BLOCK_SIZE
-        acc = _add_values(acc, p, inverse_unit, page, row, pair_page, pair_row, valid, raw, V_PLAN, WIDE)
-        zero_sums = _add_zeros(zero_sums, p, alpha, raw, V_PLAN)
+        acc = add_values(acc, p, inverse_unit, page, row, pair_page, pair_row, valid, raw, V_PLAN, WIDE)
+        zero_sums = add_zeros(zero_sums, p, alpha, raw, V_PLAN)
         unit = new_unit
 
     total = tl.sum(row_sum, 0)
@@ -346,7 +131,7 @@ def _attend(
         lse += bias * scale
     tl.store(lse_ptrs, tl.where(any_seen, lse, float("-inf")), mask=row_ok)
     inverse_sum = tl.where(any_seen, 1.0 / safe_sum, 0.0)
-    _store_latent(latent_ptrs, row_ok, acc, zero_sums, unit, inverse_sum, V_PLAN)
+    store_latent(latent_ptrs, row_ok, acc, zero_sums, unit, inverse_sum, V_PLAN)
 
 
 @triton.jit(

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values of decode: z^T = V^T p^T of a tile of tokens, on the codes, and the split's latent in the end.
+
+In: probabilities, a tile's pages. Out: accumulators, then latents in memory. Scales multiply p before the dot, in units of the greatest
+scale so far, so that fp16 holds the product; p * zero point is summed once for all dimensions of a tier.
+"""
+
+import triton
+import triton.language as tl
+
+from kvsplice_kernels.operands import (
+    folded,
+    halves,
+    load_value_pairs,
+    load_values,
+    scale_of,
+    value_codes,
+    value_factor,
+    value_first,
+    value_index,
+    value_parts,
+    value_rows,
+    word_width,
+    zero_of,
+)
+from kvsplice_kernels.packing import dot, floor_power_of_two, to_float
+from kvsplice_kernels.plan import chunk_paired, has_zero, num_chunks, num_tiers, tier_bits
+
+# p * scale fills fp16 up to 2**15: tokens whose scale is 2**-29 of the greatest one still count.
+HEADROOM = tl.constexpr(16384.0)
+
+
+# ---------------------------------------------------------------- values
+@triton.jit
+def init_values(PLAN: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr):
+    """(accumulators [rows, N] of every operand, zero-point sums [TILE, N] of every tier)."""
+    acc, zero_sums = (), ()
+    for t in tl.static_range(num_tiers(PLAN)):
+        for c in tl.static_range(num_chunks(PLAN, t)):
+            for _ in tl.static_range(value_parts(PLAN, t) * (2 if chunk_paired(PLAN, t, c) else 1)):
+                acc = acc + (tl.zeros([value_rows(PLAN, t, c), N], tl.float32),)
+        zero_sums = zero_sums + (tl.zeros([TILE, N], tl.float32),)
+    return acc, zero_sums
+
+
+@triton.jit
+def greatest_scale(unit, raw, PLAN: tl.constexpr):
+    """The greatest scale of V so far, over all tiers, down to a power of two."""
+    for t in tl.static_range(num_tiers(PLAN)):
+        if tier_bits(PLAN, t) < 16:  # the bits of positive floats rise with the number
+            unit = tl.maximum(unit, floor_power_of_two(scale_of(tl.max(raw[t], 0))))
+    return unit
+
+
+@triton.jit
+def scaled(acc, factor, wide_factor, PLAN: tl.constexpr):
+    """Accumulators times a factor [N]; those of 16-bit tiers, which know no unit, times another."""
+    new = ()
+    for t in tl.static_range(num_tiers(PLAN)):
+        for c in tl.static_range(num_chunks(PLAN, t)):
+            for i in tl.static_range(value_parts(PLAN, t) * (2 if chunk_paired(PLAN, t, c) else 1)):
+                f = wide_factor if tier_bits(PLAN, t) == 16 else factor
+                new = new + (acc[value_index(PLAN, t, c) + i] * f[None, :],)
+    return new
+
+
+@triton.jit
+def add_values(
+    acc, p, inverse_unit, page, row, pair_page, pair_row, valid, raw, PLAN: tl.constexpr, WIDE: tl.constexpr
+):
+    """A tile's share of sum_t p_t z_t: p [TILE, N] times scales in their unit, dotted with the codes."""
+    new = ()
+    in_unit = p * (inverse_unit * HEADROOM)
+    for t in tl.static_range(num_tiers(PLAN)):
+        if tier_bits(PLAN, t) == 16:
+            weights = to_float(p * HEADROOM, WIDE)
+        else:
+            weights = (in_unit * scale_of(raw[t])[:, None]).to(tl.float16)
+        for c in tl.static_range(num_chunks(PLAN, t)):
+            if chunk_paired(PLAN, t, c):
+                words = load_value_pairs(pair_page, pair_row, PLAN, t, c)
+                first, second = halves(weights)
+                for i in tl.static_range(value_parts(PLAN, t)):
+                    codes = value_codes(words, i, PLAN, t)
+                    new = new + (dot(codes, first, acc[value_index(PLAN, t, c) + 2 * i], "ieee"),)
+                    new = new + (dot(codes, second, acc[value_index(PLAN, t, c) + 2 * i + 1], "ieee"),)
+            else:
+                words = load_values(page, row, valid, PLAN, t, c, WIDE)
+                for i in tl.static_range(value_parts(PLAN, t)):
+                    codes = value_codes(words, i, PLAN, t)
+                    new = new + (dot(codes, weights, acc[value_index(PLAN, t, c) + i], "ieee"),)
+    return new
+
+
+@triton.jit
+def add_zeros(zero_sums, p, alpha, raw, PLAN: tl.constexpr):
+    """Sums of p * zero by tier, still [TILE, N]: they are added up over the tokens once, at the end."""
+    new = ()
+    for t in tl.static_range(num_tiers(PLAN)):
+        if has_zero(PLAN, t):
+            new = new + (zero_sums[t] * alpha[None, :] + p * zero_of(raw[t])[:, None],)
+        else:
+            new = new + (zero_sums[t],)
+    return new
+
+
+@triton.jit
+def store_latent(latent_ptrs, row_ok, acc, zero_sums, unit, inverse_sum, PLAN: tl.constexpr):
+    """Normalise and store the split's latent, zero points added."""
+    for t in tl.static_range(num_tiers(PLAN)):
+        zero_sum = tl.sum(zero_sums[t], 0)
+        step = 1 if tier_bits(PLAN, t) == 16 else 2
+        for c in tl.static_range(num_chunks(PLAN, t)):
+            for i in tl.static_range(value_parts(PLAN, t)):
+                if chunk_paired(PLAN, t, c):
+                    first = acc[value_index(PLAN, t, c) + 2 * i]
+                    z = folded(first, acc[value_index(PLAN, t, c) + 2 * i + 1])
+                else:
+                    z = acc[value_index(PLAN, t, c) + i]
+                row = tl.arange(0, z.shape[0])
+                factor = (unit if tier_bits(PLAN, t) < 16 else 1.0) * (1.0 / (HEADROOM * value_factor(PLAN, t, i)))
+                z = (z * factor + zero_sum[None, :]) * inverse_sum[None, :]
+                mask = row_ok[None, :] & (row < word_width(PLAN, t, c))[:, None]
+                ptrs = latent_ptrs[None, :] + (value_first(PLAN, t, c, i) + step * row)[:, None]
+                tl.store(ptrs, z, mask=mask)
