@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """On a machine with an NVIDIA GPU: every kernel compiled and checked, then timed. Needs torch and triton alone.
 
-``python tests/gpu_check.py [--only checks|times]`` prints every case and exits with 1 if one failed. Times are medians of
+``python tests/gpu_check.py [--only checks|times] [--json FILE]`` prints every case and exits with 1 if one failed. Times are medians of
 CUDA graph replays over more cache than L2 holds; GB are 1e9 bytes of codes and scales, beside those that a copy moves.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from kernel_cases import (
@@ -43,6 +47,8 @@ from kernel_checks import (
     check_write,
 )
 
+from vllm_kvsplice import __version__
+
 NUM_HEADS, H, HEAD_DIM = 28, 4, 128
 LAYOUT = LatentLayout.of(HEAD_DIM, k=[(8, 32), (4, 96)], v=[(8, 32), (4, 96)])
 SHAPES = ((64, 4096), (256, 2048), (16, 32768), (8, 8192), (1, 32768), (1, 1024))
@@ -64,11 +70,18 @@ def all_checks() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"expand_cached {name}", lambda args=args: check_expand_cached(*args)
 
 
-def run_checks(jobs: int) -> int:
-    """Every check, dealt to processes, since compiling takes most of the time; returns how many failed."""
-    command = [sys.executable, __file__, "--only", "checks", "--jobs", "1"]
-    share = [subprocess.Popen([*command, "--share", f"{i}/{jobs}"]) for i in range(jobs)]
-    return sum(process.wait() for process in share)
+def run_checks(jobs: int) -> list[str]:
+    """Every check, dealt to processes, since compiling takes most of the time; returns the lines of those that failed."""
+    command = [sys.executable, __file__, "--only", "checks", "--jobs", "1", "--share"]
+    shares = [subprocess.Popen([*command, f"{i}/{jobs}"], stdout=subprocess.PIPE, text=True) for i in range(jobs)]
+    failed = []
+    for process in shares:
+        lines = process.communicate()[0].splitlines()
+        print("\n".join(lines), flush=True)
+        failed += [line for line in lines if line.startswith("FAILED")]
+        if process.returncode and not any(line.startswith("FAILED") for line in lines):
+            failed.append(f"FAILED: a process of checks ended with status {process.returncode}")
+    return failed
 
 
 def run_share(index: int, of: int) -> int:
@@ -134,8 +147,8 @@ def bases() -> tuple[torch.Tensor, ...]:
     return full.transpose(1, 2).contiguous(), full.contiguous(), torch.zeros(H, HEAD_DIM, device="cuda")
 
 
-def time_decode(B: int, context: int, block_size: int, copy: float) -> None:
-    """Print the time of both stages, and of stage 1 alone, for the split counts around the chosen one."""
+def time_decode(B: int, context: int, block_size: int, copy: float) -> list[dict[str, object]]:
+    """Print and return the time of both stages, and of stage 1 alone, for the split counts around the chosen one."""
     per_seq, moved = -(-context // block_size), B * context * H * LAYOUT.bytes_per_token_head
     copies = max(1, round(COLD_BYTES / moved))
     cache = make_cache(copies * B * per_seq, block_size)
@@ -148,6 +161,7 @@ def time_decode(B: int, context: int, block_size: int, copy: float) -> None:
     k_plan, v_plan = LAYOUT.plan("k", block_size), LAYOUT.plan("v", block_size)
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     chosen = attention.choose_num_splits(B, H, context, sms)
+    rows: list[dict[str, object]] = []
     for splits in sorted({max(1, chosen // 4), max(1, chosen // 2), chosen, chosen * 2}):
         shapes = attention.workspace_shapes(B, NUM_HEADS, HEAD_DIM, HEAD_DIM, splits)
         work = attention.Workspace(*(torch.zeros(s, device="cuda") for s in shapes))
@@ -171,9 +185,13 @@ def time_decode(B: int, context: int, block_size: int, copy: float) -> None:
             f"({moved / total / 10 / copy:.0f} % of copy; stage 1 {moved / alone / 10 / copy:.0f} %)",
             flush=True,
         )
+        row = {"kernel": "attention", "reqs": B, "context": context, "block_size": block_size, "num_splits": splits}
+        rows.append(row | {"chosen": splits == chosen, "all_us": total, "stage1_us": alone, "moved_mb": moved / 1e6})
+    return rows
 
 
-def time_write(T: int, block_size: int, copy: float) -> None:
+def time_write(T: int, block_size: int, copy: float) -> list[dict[str, object]]:
+    """Print and return the time of cache_write, and of write_and_project for a decode step."""
     plans = LAYOUT.plan("k", block_size), LAYOUT.plan("v", block_size)
     cache = make_cache(-(-T // block_size) + 1, block_size)
     x = torch.randn(2, T, H, HEAD_DIM, device="cuda").bfloat16()
@@ -181,6 +199,7 @@ def time_write(T: int, block_size: int, copy: float) -> None:
     full, expand, mean = bases()
     args = (x[0], x[1], cache, slots, encode.prepare(full, expand, mean, full, expand, mean), *plans)
     us = graph_us([lambda: cache_write.cache_write(*args)] * 10)
+    both = None
     if T <= 1024:
         query = torch.randn(T, NUM_HEADS, HEAD_DIM, device="cuda").bfloat16()
         out = torch.empty(T, NUM_HEADS, HEAD_DIM, device="cuda"), torch.empty(T, NUM_HEADS, device="cuda")
@@ -192,28 +211,46 @@ def time_write(T: int, block_size: int, copy: float) -> None:
         f"({moved / us / 10 / copy:.0f} % of copy; warm L2)",
         flush=True,
     )
+    return [{"kernel": "cache_write", "tokens": T, "us": us, "write_and_project_us": both, "moved_mb": moved / 1e6}]
 
 
-def run_times() -> int:
-    failed, copy = 0, copy_gb_s()
+def run_times() -> tuple[list[dict[str, object]], list[str]]:
+    """(what was timed, lines of what failed)."""
+    copy = copy_gb_s()
     print(f"copy {copy:.0f} GB/s; {LAYOUT}, {LAYOUT.bytes_per_token_head} bytes per token and head, 28/4 heads")
-    jobs: list[tuple[Callable[..., None], tuple[int, ...]]] = [
+    jobs: list[tuple[Callable[..., list[dict[str, object]]], tuple[int, ...]]] = [
         (time_decode, (*shape, block_size)) for block_size in (16, 64) for shape in SHAPES
     ]
+    rows, failed = [], []
     for run, args in [*jobs, *((time_write, (T, 16)) for T in (1, 64, 256, 2048, 8192))]:
         try:
-            run(*args, copy)
-        except Exception:  # report it and time the others
-            failed += 1
-            print(f"FAILED {run.__name__} {args}")
+            rows += run(*args, copy)
+        except Exception as error:  # report it and time the others
+            failed.append(f"FAILED {run.__name__} {args}: {error}")
+            print(failed[-1])
             traceback.print_exc(limit=-4)
-    return failed
+    return [{"kernel": "copy", "gb_s": copy}, *rows], failed
+
+
+def write_json(path: str, only: str | None, checks: list[str], times: list[dict[str, object]]) -> None:
+    names = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
+    result = {
+        "what": f"kernels checked against the fp64 reference, then timed: {LAYOUT}, 28/4 heads x 128, bf16, graph replay, medians",
+        "command": "python tests/gpu_check.py" + (f" --only {only}" if only else ""),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "hardware": {"gpus": [torch.cuda.get_device_name()]},
+        "versions": {"kvsplice": __version__} | names,
+        "checks": None if only == "times" else {"ok": len(list(all_checks())) - len(checks), "failed": checks},
+        "times": times,
+    }
+    Path(path).write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Check and time the kernels on an NVIDIA GPU.")
     parser.add_argument("--only", choices=("checks", "times"))
     parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes that check")
+    parser.add_argument("--json", metavar="FILE", help="write the result")
     parser.add_argument("--share", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     only = args.only
@@ -224,7 +261,11 @@ def main() -> int:
     if args.share:
         return run_share(*map(int, args.share.split("/")))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
-    failed = (0 if only == "times" else run_checks(args.jobs)) + (0 if only == "checks" else run_times())
+    wrong = [] if only == "times" else run_checks(args.jobs)
+    times, broken = ([], []) if only == "checks" else run_times()
+    if args.json:
+        write_json(args.json, only, wrong, times)
+    failed = len(wrong) + len(broken)
     print(f"{failed} failed" if failed else "all passed")
     return 1 if failed else 0
 
