@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from vllm_kvsplice.serving import cached_prefill
-from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec
-from vllm_kvsplice.serving.metadata import Limits, Prefills
+from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits
+from vllm_kvsplice.serving.metadata import Prefills
 
 
 @dataclass

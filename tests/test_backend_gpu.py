@@ -140,8 +140,7 @@ def test_a_continued_chunk_allocates_nothing_but_its_lse() -> None:
 
     from kvsplice_kernels.encode import prepare
     from vllm_kvsplice.serving import triton_path
-    from vllm_kvsplice.serving.attention_layer import Bases
-    from vllm_kvsplice.serving.metadata import Limits
+    from vllm_kvsplice.serving.attention_layer import Bases, Limits
 
     case = Case(num_kv_heads=1, group=8, seq_lens=(40_000, 2048), query_lens=(2048, 2048))
     batch, device = make_batch(case, filled=False), torch.device("cuda")

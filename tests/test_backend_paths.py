@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 from kvsplice_kernels.encode import prepare
 from vllm_kvsplice.codec.layout import LatentLayout
 from vllm_kvsplice.serving import torch_path, triton_path
-from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec
+from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits
 from vllm_kvsplice.serving.metadata import Prefills, Requests
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -203,7 +203,21 @@ def test_triton_decodes_with_splits() -> None:
 
 @pytest.mark.parametrize("changes", CASES[:3])
 def test_warming_up_launches_every_kernel_and_leaves_no_trace(changes: dict[str, Any]) -> None:
-    triton_path.warm_up(codec(**changes), 48, torch.bfloat16, DEVICE, 4, 40)
+    triton_path.warm_up(codec(**changes), 48, torch.bfloat16, DEVICE, 2, Limits(3, 40, 300))
+
+
+def test_decode_steps_are_one_for_each_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few; of every query length; and the split counts that serving would choose are among theirs, to a power of two."""
+    monkeypatch.setattr(triton_path, "_multiprocessors", lambda device: 132)
+    c, limits = codec(), Limits(256, 8192, 32768)
+    steps = triton_path.decode_steps(c, 16, 5, limits, DEVICE)
+    assert len(steps) < 120 and {query_len for _, query_len, _ in steps} == {1, 2, 4, 5}
+
+    def rounded(num_reqs: int, length: int) -> int:
+        return (triton_path.choose_num_splits(num_reqs, KV_HEADS, length, 132) - 1).bit_length()
+
+    warm = {rounded(num_reqs, length) for num_reqs, query_len, length in steps if query_len == 1}
+    assert warm >= {rounded(n, length) for n in range(1, 257) for length in (1, 100, 5000, 32768)}
 
 
 def test_the_reservation_covers_every_step(monkeypatch: pytest.MonkeyPatch) -> None:

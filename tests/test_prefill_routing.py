@@ -20,8 +20,9 @@ pytest.importorskip("vllm")
 from prefill_cases import attention, codec_of, num_bytes, requests_of
 
 from vllm_kvsplice.serving import cached_prefill, fallback_attention, triton_path
+from vllm_kvsplice.serving.attention_layer import Limits
 from vllm_kvsplice.serving.cached_prefill import START_MULTIPLE, cut, scratch_shapes, scratch_tokens
-from vllm_kvsplice.serving.metadata import Limits, Prefills
+from vllm_kvsplice.serving.metadata import Prefills
 
 # ---------------------------------------------------------------- host numbers
 lengths = st.lists(st.tuples(st.integers(0, 90), st.integers(0, 700)), min_size=1, max_size=12)

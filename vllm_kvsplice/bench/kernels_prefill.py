@@ -46,8 +46,8 @@ def prefill(job: Job, device: Device, copies: int | None) -> Prepared:
 def serve(codec: Codec, shape: Shape, batch: Batch, cache: Tensor, fresh: tuple[Tensor, Tensor]) -> list[Call]:
     """For each block table: attention of the chunk as the backend serves it, into batch.out. The keys are in the cache."""
     from vllm_kvsplice.serving import triton_path
-    from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec
-    from vllm_kvsplice.serving.metadata import Limits, Prefills
+    from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits
+    from vllm_kvsplice.serving.metadata import Prefills
 
     bases = Bases(**{name: getattr(codec, name) for name in Bases._fields})
     limits = Limits(SERVER[0], max(SERVER[1], shape.num_queries), max(SERVER[2], shape.context))

@@ -48,6 +48,14 @@ class LayerCodec:
     soft_cap: float | None
 
 
+class Limits(NamedTuple):
+    """The most that a step can hold, fixed when the engine starts."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+
+
 class Bases(NamedTuple):
     """A layer's projector tensors for this worker's KV heads, fp32, sigma folded in."""
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvsplice_kernels.fused_expand import LONG_ROWS, START_MULTIPLE, copy_fresh, expand_cached
-from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec
-from vllm_kvsplice.serving.metadata import Limits, Prefills
+from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits
+from vllm_kvsplice.serving.metadata import Prefills
 from vllm_kvsplice.serving.refusals import FLASH_HEAD_DIM
 from vllm_kvsplice.serving.vllm_compat import merge_attn_states, to_device, workspace
 

@@ -121,11 +121,12 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
             return output.fill_(0)
         codec, tensors = self._codec(), self.path.tensors_of(layer)
         decodes, prefills, slots = attn_metadata.decodes, attn_metadata.prefills, attn_metadata.slot_mapping
-        written = None if self.kv_sharing_target_layer_name else (key, value, slots[: key.shape[0]])
-        if prefills is not None and written is not None:
-            self.path.write(codec, tensors, key, value, kv_cache, written[2])
-            written = None
-        start = decodes.num_tokens
+        start, written = decodes.num_tokens, None
+        if not self.kv_sharing_target_layer_name:
+            if prefills is None:  # rows past the decodes are padding
+                written = (key, value, slots[:start])
+            else:
+                self.do_kv_cache_update(layer, key, value, kv_cache, slots)
         if start:
             self.path.decode(codec, tensors, query[:start], written, kv_cache, decodes, output[:start])
         if prefills is not None:
@@ -133,6 +134,13 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
             fresh = (key[rows], value[rows]) if self.exact_prefill else None
             self.path.prefill(codec, tensors, query[rows], fresh, kv_cache, prefills, output[rows])
         return output
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Store keys and values; DFlash drafts call it outside of forward for the context that they compute ahead."""
+        tensors = self.path.tensors_of(layer)
+        self.path.write(self._codec(), tensors, key, value, kv_cache, slot_mapping[: key.shape[0]])
 
     def _codec(self) -> LayerCodec:
         if self.codec is None:

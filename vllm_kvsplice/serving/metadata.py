@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vllm_kvsplice.codec import projector_source
 from vllm_kvsplice.errors import KVSpliceError
+from vllm_kvsplice.serving.attention_layer import Limits
 from vllm_kvsplice.serving.vllm_compat import (
     AttentionCGSupport,
     AttentionMetadata,
@@ -32,14 +33,6 @@ class Requests:
     query_start_loc: Tensor  # [num_reqs + 1] int32
     seq_lens: Tensor  # [num_reqs] int32, new tokens included; 0 in padding rows
     block_table: Tensor  # [num_reqs, max_blocks] int32
-
-
-class Limits(NamedTuple):
-    """The most that a step can hold, fixed when the engine starts."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vllm_kvsplice.codec.layout import LatentLayout, dense_bytes
-from vllm_kvsplice.serving.attention_layer import LayerCodec
+from vllm_kvsplice.serving.attention_layer import LayerCodec, Limits
 from vllm_kvsplice.serving.vllm_compat import VllmConfig, attention_layers, decode_query_len, tensor_parallel
 
 logger = logging.getLogger("vllm.kvsplice")
@@ -46,10 +46,11 @@ def prepare(vllm_config: VllmConfig, layer_names: list[str], block_size: int, de
     """Before the first step of a group of layers: scratch again, where vLLM has a workspace only by now, and kernels."""
     layers = attention_layers(vllm_config)
     if device.type == "cuda":
-        dtype, max_tokens = vllm_config.model_config.dtype, vllm_config.scheduler_config.max_num_batched_tokens
+        scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
+        limits = Limits(scheduler.max_num_seqs, scheduler.max_num_batched_tokens, model.max_model_len)
         for codec, path in {_codec(layers[name]): layers[name].impl.path for name in layer_names}.items():
             reserve(vllm_config, path, codec, device)
-            path.warm_up(codec, block_size, dtype, device, decode_query_len(vllm_config), max_tokens)
+            path.warm_up(codec, block_size, model.dtype, device, decode_query_len(vllm_config), limits)
     _announce(layers, layer_names)
 
 

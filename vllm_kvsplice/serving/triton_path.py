@@ -7,6 +7,7 @@ Same three functions as torch_path, and the reservation of scratch and the warm-
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import product
 from math import prod
 from typing import Any, NamedTuple
 
@@ -14,17 +15,18 @@ import torch
 from torch import Tensor
 
 from kvsplice_kernels.attention import Workspace, choose_num_splits, paged_attention, workspace_shapes
-from kvsplice_kernels.cache_write import cache_write
+from kvsplice_kernels.cache_write import cache_write, write_tiles
 from kvsplice_kernels.encode import Prepared, prepare
+from kvsplice_kernels.project_query import query_tiles
+from kvsplice_kernels.reduce_expand import reduce_tiles
 from kvsplice_kernels.write_and_project import step_sizes, write_and_project
 from vllm_kvsplice.serving import cached_prefill, fallback_attention
-from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, bases_of, prepared_of
-from vllm_kvsplice.serving.metadata import Limits, Prefills, Requests
+from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits, bases_of, prepared_of
+from vllm_kvsplice.serving.metadata import Prefills, Requests
 from vllm_kvsplice.serving.refusals import FLASH_HEAD_DIM
 from vllm_kvsplice.serving.vllm_compat import flash_attention, workspace
 
 LONG_STEP = 1024  # tokens: past the sizes at which the launchers change their tiles
-DECODE_TOKENS = 1024  # tokens of a decode step that a warm-up runs; longer ones compile nothing new
 Shapes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 Written = tuple[Tensor, Tensor, Tensor]  # key and value [>= T, H, head_dim], slot_mapping [T]
 
@@ -148,30 +150,63 @@ def reserve(
 
 
 def warm_up(
-    codec: LayerCodec, block_size: int, dtype: torch.dtype, device: torch.device, decode_query_len: int, max_tokens: int
+    codec: LayerCodec, block_size: int, dtype: torch.dtype, device: torch.device, decode_query_len: int, limits: Limits
 ) -> None:
-    """Compile every kernel for short and long steps now, rather than during the first requests; nothing is computed."""
-    D, cell = codec.layout.head_dim, codec.bytes_per_token_head
+    """Compile every kernel for every kind of step now, rather than during the first requests; nothing is computed."""
+    D, cell, most = codec.layout.head_dim, codec.bytes_per_token_head, limits.max_num_batched_tokens
     cache = torch.zeros(1, codec.num_kv_heads, block_size, cell, dtype=torch.uint8, device=device)
     bases = _blank_bases(codec, device)
     tensors = Tensors(bases, prepare(*bases))
-    table, lens = torch.zeros(1, 1, dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.int32, device=device)
-    starts = torch.zeros(2, dtype=torch.int32, device=device)
     if _flash_attention(D, codec.soft_cap) and D <= FLASH_HEAD_DIM:
         cached_prefill.warm_up(codec, bases, cache, dtype)
-    for tokens in step_sizes(max_tokens, codec.num_heads, codec.num_kv_heads, D, *_plans(codec, cache)):
+
+    def rows(tokens: int) -> tuple[Tensor, Written]:
         query, key = (
             torch.zeros(tokens, n, D, dtype=dtype, device=device) for n in (codec.num_heads, codec.num_kv_heads)
         )
-        slots = torch.full((tokens,), -1, dtype=torch.int64, device=device)
-        write(codec, tensors, key, key, cache, slots)
-        for query_len, skip in ((decode_query_len, False), (LONG_STEP, False), (LONG_STEP, True)):
-            empty = Requests(1, 0, query_len, query_len, starts, lens, table)
-            if tokens <= _most_latent_tokens(codec, max_tokens):
-                _attend_codes(codec, tensors, query, cache, empty, torch.empty_like(query), 1, skip)
-        if tokens <= DECODE_TOKENS:
-            one = Requests(1, 0, decode_query_len, decode_query_len, starts, lens, table)
-            decode(codec, tensors, query, (key, key, slots), cache, one, torch.empty_like(query))
+        return query, (key, key, torch.full((tokens,), -1, dtype=torch.int64, device=device))
+
+    for tokens in step_sizes(most, codec.num_heads, codec.num_kv_heads, D, *_plans(codec, cache)):
+        query, written = rows(tokens)
+        write(codec, tensors, *written[:2], cache, written[2])
+        for skip in (False, True) if tokens <= _most_latent_tokens(codec, most) else ():
+            empty = _empty_requests(1, LONG_STEP, LONG_STEP, device)
+            _attend_codes(codec, tensors, query, cache, empty, torch.empty_like(query), 1, skip)
+    for num_reqs, query_len, max_seq_len in decode_steps(codec, block_size, decode_query_len, limits, device):
+        query, written = rows(num_reqs * query_len)
+        empty = _empty_requests(num_reqs, query_len, max_seq_len, device)
+        decode(codec, tensors, query, written, cache, empty, torch.empty_like(query))
+
+
+def decode_steps(
+    codec: LayerCodec, block_size: int, decode_query_len: int, limits: Limits, device: torch.device
+) -> list[tuple[int, int, int]]:
+    """(requests, query tokens of each, longest sequence) of decode steps, one for each variant that Triton compiles."""
+    group, layout = codec.num_heads // codec.num_kv_heads, codec.layout
+    plans = layout.plan("k", block_size), layout.plan("v", block_size)
+    rank_pad = max(16, 1 << (layout.rank("v") - 1).bit_length())
+    lengths = [limits.max_model_len >> i for i in range(limits.max_model_len.bit_length())]
+    query_lens = sorted({min(1 << i, decode_query_len) for i in range(decode_query_len.bit_length() + 1)})
+    found: dict[object, tuple[int, int, int]] = {}
+    for query_len, num_reqs in product(query_lens, range(1, limits.max_num_seqs + 1)):
+        tokens = num_reqs * query_len
+        if tokens > max(limits.max_num_batched_tokens, query_len):
+            break
+        project = query_tiles(tokens, group, layout.head_dim, layout.rank("k"))
+        block_t = write_tiles(tokens, codec.num_kv_heads, layout.head_dim, plans).block_t
+        for length in lengths:
+            splits = choose_num_splits(num_reqs, codec.num_kv_heads, length, _multiprocessors(device))
+            tiles = reduce_tiles(tokens * codec.num_heads, group, query_len, layout.head_dim, rank_pad, splits)
+            key = query_len, block_t, project.block_m, project.block_r, (splits - 1).bit_length(), tiles
+            found.setdefault(key, (num_reqs, query_len, length))
+    return list(found.values())
+
+
+def _empty_requests(num_reqs: int, max_query_len: int, max_seq_len: int, device: torch.device) -> Requests:
+    """Requests without tokens: kernels that are given them are compiled, and do nothing."""
+    starts, lens = (torch.zeros(num_reqs + n, dtype=torch.int32, device=device) for n in (1, 0))
+    table = torch.zeros(num_reqs, 1, dtype=torch.int32, device=device)
+    return Requests(num_reqs, 0, max_query_len, max_seq_len, starts, lens, table)
 
 
 def _most_latent_tokens(codec: LayerCodec, max_tokens: int) -> int:
