@@ -181,13 +181,14 @@ def warm_up(
 def decode_steps(
     codec: LayerCodec, block_size: int, decode_query_len: int, limits: Limits, device: torch.device
 ) -> list[tuple[int, int, int]]:
-    """(requests, query tokens of each, longest sequence) of decode steps, one for each variant that Triton compiles."""
+    """(requests, query tokens of each, longest sequence) of few decode steps that meet every variant of every kernel."""
     group, layout = codec.num_heads // codec.num_kv_heads, codec.layout
     plans = layout.plan("k", block_size), layout.plan("v", block_size)
     rank_pad = max(16, 1 << (layout.rank("v") - 1).bit_length())
     lengths = [limits.max_model_len >> i for i in range(limits.max_model_len.bit_length())]
     query_lens = sorted({min(1 << i, decode_query_len) for i in range(decode_query_len.bit_length() + 1)})
-    found: dict[object, tuple[int, int, int]] = {}
+    seen: set[object] = set()
+    found: list[tuple[int, int, int]] = []
     for query_len, num_reqs in product(query_lens, range(1, limits.max_num_seqs + 1)):
         tokens = num_reqs * query_len
         if tokens > max(limits.max_num_batched_tokens, query_len):
@@ -197,9 +198,13 @@ def decode_steps(
         for length in lengths:
             splits = choose_num_splits(num_reqs, codec.num_kv_heads, length, _multiprocessors(device))
             tiles = reduce_tiles(tokens * codec.num_heads, group, query_len, layout.head_dim, rank_pad, splits)
-            key = query_len, block_t, project.block_m, project.block_r, (splits - 1).bit_length(), tiles
-            found.setdefault(key, (num_reqs, query_len, length))
-    return list(found.values())
+            write = "write", block_t, project.block_m, project.block_r
+            reduce = "reduce", query_len == 1, query_len <= tiles.tile_tokens, (splits - 1).bit_length(), tiles
+            variants = {write, ("decode", query_len), reduce}
+            if not variants <= seen:
+                seen |= variants
+                found.append((num_reqs, query_len, length))
+    return found
 
 
 def _empty_requests(num_reqs: int, max_query_len: int, max_seq_len: int, device: torch.device) -> Requests:
