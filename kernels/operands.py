@@ -107,7 +107,7 @@ def value_factor(plan, t, i):
 
 # ---------------------------------------------------------------- loads
 # Codes are loaded without masks and gaps, 16 tokens of a chunk in one stretch: an asynchronous copy with masked lanes, or of
-# rows that lie apart in shared memory, takes three times as long (ncu, H200: 23 wavefronts against 6).
+# rows that lie apart in shared memory, takes several times as long (docs/results/profile-decode-h200.json).
 @triton.jit
 def pages_of(pages, token):
     """Page pointers of tokens [TILE] of a tile: the one that all lie in, or each sub-tile's own."""

@@ -9,6 +9,8 @@ D(sum_t p_t z_t) + mu because sum_t p_t = 1, and q.k^_t = (D^T q).z_t + q.mu.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -168,21 +170,31 @@ def write_side(
             _plane(kv_cache, tier.scale_offset, 2 * pair.shape[-1])[block, :, row] = pair.view(torch.uint8)
         parts = stored.split(_run_bytes(tier), dim=-1)
         for (plane, units), part in zip(_code_planes(kv_cache, tier), parts, strict=True):
-            plane[block, :, units[row]] = part
+            plane[block, :, row if units is None else units[row]] = part
 
 
 def read_codes(kv_cache: Tensor, tier: TierPlan, block_ids: Tensor) -> Tensor:
     """A tier's packed codes in some blocks: [n, H, block_size, bytes] uint8."""
-    return torch.cat([plane[block_ids][:, :, units] for plane, units in _code_planes(kv_cache, tier)], dim=-1)
+    runs_of_blocks = []
+    for plane, units in _code_planes(kv_cache, tier):
+        found = plane[block_ids]
+        runs_of_blocks.append(found if units is None else found[:, :, units])
+    return torch.cat(runs_of_blocks, dim=-1)
 
 
-def _code_planes(kv_cache: Tensor, tier: TierPlan) -> list[tuple[Tensor, Tensor]]:
-    """Run by run: [num_blocks, H, block_size, bytes] uint8, a view, and where in it each token of a block is [block_size]."""
-    planes, offset = [], tier.codes_offset
+@lru_cache(maxsize=64)
+def _units(block_size: int, device: torch.device) -> Tensor:
+    """unit_of every token of a block: [block_size] int64."""
+    return torch.tensor([unit_of(token) for token in range(block_size)], device=device)
+
+
+def _code_planes(kv_cache: Tensor, tier: TierPlan) -> list[tuple[Tensor, Tensor | None]]:
+    """Run by run: [num_blocks, H, block_size, bytes] uint8, a view, and where in it each token is, None for its own place."""
+    planes: list[tuple[Tensor, Tensor | None]] = []
+    offset = tier.codes_offset
     for size in _run_bytes(tier):
         paired = tier.pairs and tier.bits < 16 and size == PAIRED_RUN
-        units = [unit_of(t) if paired else t for t in range(tier.block_size)]
-        planes.append((_plane(kv_cache, offset, size), torch.tensor(units, device=kv_cache.device)))
+        planes.append((_plane(kv_cache, offset, size), _units(tier.block_size, kv_cache.device) if paired else None))
         offset += size * tier.block_size
     return planes
 

@@ -20,6 +20,7 @@ from kvsplice_kernels.encode import Prepared, prepare
 from kvsplice_kernels.project_query import query_tiles
 from kvsplice_kernels.reduce_expand import reduce_tiles
 from kvsplice_kernels.write_and_project import step_sizes, write_and_project
+from vllm_kvsplice.codec.layout import LatentLayout
 from vllm_kvsplice.serving import cached_prefill, fallback_attention
 from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits, bases_of, prepared_of
 from vllm_kvsplice.serving.metadata import Prefills, Requests
@@ -183,7 +184,7 @@ def decode_steps(
 ) -> list[tuple[int, int, int]]:
     """(requests, query tokens of each, longest sequence) of few decode steps that meet every variant of every kernel."""
     group, layout = codec.num_heads // codec.num_kv_heads, codec.layout
-    plans = layout.plan("k", block_size), layout.plan("v", block_size)
+    plans = _plans_of(layout, block_size)
     rank_pad = max(16, 1 << (layout.rank("v") - 1).bit_length())
     lengths = [limits.max_model_len >> i for i in range(limits.max_model_len.bit_length())]
     query_lens = sorted({min(1 << i, decode_query_len) for i in range(decode_query_len.bit_length() + 1)})
@@ -221,7 +222,13 @@ def _most_latent_tokens(codec: LayerCodec, max_tokens: int) -> int:
 
 
 def _plans(codec: LayerCodec, kv_cache: Tensor) -> tuple[Any, Any]:
-    return codec.layout.plan("k", kv_cache.shape[2]), codec.layout.plan("v", kv_cache.shape[2])
+    return _plans_of(codec.layout, kv_cache.shape[2])
+
+
+@lru_cache(maxsize=256)
+def _plans_of(layout: LatentLayout, block_size: int) -> tuple[Any, Any]:
+    """Cached: every layer asks for them in every step that no CUDA graph replays."""
+    return layout.plan("k", block_size), layout.plan("v", block_size)
 
 
 def _blank_bases(codec: LayerCodec, device: torch.device) -> Bases:
