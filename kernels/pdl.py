@@ -3,8 +3,10 @@
 
 In: the device of a launch. Out: its options, and the two jit helpers for the kernel's body. Rules for a kernel with PDL:
 every program calls ``wait`` before its first load of what an earlier kernel wrote (activations, metadata, the cache) and
-before its first store; before it only weights may be loaded. ``launch_dependents`` is a hint, best given once the inputs
-are loaded: whatever the dependent reads of ours it reads after its own ``wait``, which is for the whole of this kernel.
+before its first store; before it only weights may be loaded, and what was complete when the kernel before it passed its own
+wait (reduce_expand: the batch's lengths, since decode lets it start only then). ``launch_dependents`` is a hint, best given
+once the inputs are loaded: whatever the dependent reads of ours it reads after its own ``wait``, which is for the whole of
+this kernel.
 CUDA Programming Guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA, ``griddepcontrol``.
 """
 

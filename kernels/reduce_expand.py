@@ -18,9 +18,7 @@ from kvsplice_kernels.packing import to_float
 from kvsplice_kernels.pdl import pdl_options, wait
 from kvsplice_kernels.query_tiles import check_requests, find_tile, num_query_tiles, request_lens
 
-FEW_ROWS = 512  # query rows (tokens x heads) up to which one program takes one row, for the parallelism
-ROW_SPLITS = 64  # splits that the program of one row holds at once
-NUM_WARPS = 8
+FEW_ROWS = 256  # query rows (tokens x heads) up to which one program takes one row, for the parallelism
 
 
 @triton.jit
@@ -38,48 +36,58 @@ def _weights(lse_ptr, row, row_ok, num_splits, SPLITS_PAD: tl.constexpr):
 
 
 @triton.jit
+def _load_partials(latent_ptr, lse_ptr, partial, ok, rank, rank_ok, RANK: tl.constexpr):
+    """(latent [n, rank], lse [n], -inf where not ok) of partials [n], row * num_splits + split."""
+    latent = tl.load(
+        latent_ptr + partial[:, None] * RANK + rank[None, :], mask=ok[:, None] & rank_ok[None, :], other=0.0
+    )
+    return latent, tl.load(lse_ptr + partial, mask=ok, other=float("-inf"))
+
+
+@triton.jit
+def _weighted(latent, lse, m):
+    """latent * e^(lse - m); what empty splits hold, NaN perhaps, is dropped."""
+    return tl.where((lse > float("-inf"))[:, None], latent, 0.0) * tl.exp(lse - m)[:, None]
+
+
+@triton.jit
 def _merge_one(
     latent_ptr, lse_ptr, row, row_ok, num_splits, rank, rank_ok,
     SPLITS_PAD: tl.constexpr, AT_ONCE: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """Latent [1, rank] of the union of one row's splits, and whether it saw any key [1]. What empty splits hold is dropped."""
+    """Latent [1, rank] of the union of one row's splits, and whether it saw any key [1]."""
+    split = tl.arange(0, AT_ONCE)
+    partial = tl.sum(row, 0) * num_splits + split
+    row_used = tl.where(tl.max(row_ok.to(tl.int32), 0) > 0, num_splits, 0)
+    # The first loads do not wait for the lse of all splits, which says how many more there are.
+    latent, lse = _load_partials(latent_ptr, lse_ptr, partial, split < row_used, rank, rank_ok, RANK)
     m, inverse, used = _weights(lse_ptr, row, row_ok, num_splits, SPLITS_PAD)
-    first_partial = tl.sum(row, 0) * num_splits
-    parts = tl.zeros([AT_ONCE, rank.shape[0]], tl.float32)
-    for first in range(0, used, AT_ONCE):
-        split = first + tl.arange(0, AT_ONCE)
-        ptrs = latent_ptr + first_partial * RANK + (split[:, None] * RANK + rank[None, :])
-        latent = tl.load(ptrs, mask=(split < used)[:, None] & rank_ok[None, :], other=0.0)
-        lse = tl.load(lse_ptr + first_partial + split, mask=split < used, other=float("-inf"))
-        weight = tl.exp(lse - m)  # of an empty split 0, but 0 times what it holds may be NaN
-        parts += tl.where((lse > float("-inf"))[:, None], latent, 0.0) * weight[:, None]
+    parts = _weighted(latent, lse, m)
+    for first in range(AT_ONCE, used, AT_ONCE):
+        latent, lse = _load_partials(latent_ptr, lse_ptr, partial + first, first + split < used, rank, rank_ok, RANK)
+        parts += _weighted(latent, lse, m)
     return tl.sum(parts, 0)[None, :] * inverse[:, None], inverse > 0
 
 
 @triton.jit
 def _merge_many(
-    latent_ptr,
-    lse_ptr,
-    row,
-    row_ok,
-    num_splits,
-    rank,
-    rank_ok,
-    SPLITS_PAD: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    RANK: tl.constexpr,
-):
+    latent_ptr, lse_ptr, row, row_ok, num_splits, rank, rank_ok,
+    SPLITS_PAD: tl.constexpr, AT_ONCE: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
     """The same of M rows: ([M, rank], [M])."""
+    partial, row_splits = row * num_splits, tl.where(row_ok, num_splits, 0)
+    loaded = ()
+    for i in tl.static_range(AT_ONCE):
+        loaded = loaded + (_load_partials(latent_ptr, lse_ptr, partial + i, i < row_splits, rank, rank_ok, RANK),)
     m, inverse, used = _weights(lse_ptr, row, row_ok, num_splits, SPLITS_PAD)
-    partial = row * num_splits
     z = tl.zeros([row.shape[0], rank.shape[0]], tl.float32)
-    for first in range(0, used, AT_ONCE):
+    for i in tl.static_range(AT_ONCE):
+        z += _weighted(loaded[i][0], loaded[i][1], m)
+    for first in range(AT_ONCE, used, AT_ONCE):
         for i in tl.static_range(AT_ONCE):
-            wanted = tl.where(row_ok, first + i, used) < used
-            ptrs = latent_ptr + (partial + first + i)[:, None] * RANK + rank[None, :]
-            latent = tl.load(ptrs, mask=wanted[:, None] & rank_ok[None, :], other=0.0)
-            lse = tl.load(lse_ptr + partial + first + i, mask=wanted, other=float("-inf"))
-            z += tl.where((lse > float("-inf"))[:, None], latent, 0.0) * tl.exp(lse - m)[:, None]
+            ok = first + i < tl.minimum(row_splits, used)
+            latent, lse = _load_partials(latent_ptr, lse_ptr, partial + first + i, ok, rank, rank_ok, RANK)
+            z += _weighted(latent, lse, m)
     return z * inverse[:, None], inverse > 0
 
 
@@ -123,7 +131,6 @@ def reduce_expand_kernel(
     high = tl.load(ptrs, mask=mask, other=0.0)
     low = tl.load(ptrs + HEAD_DIM * RANK, mask=mask, other=0.0)
     mean = tl.load(v_mean_ptr + kv_head * HEAD_DIM + d, mask=d_ok, other=0.0)
-    wait(PDL)
     r = tl.arange(0, M)
     if ONE_QUERY:
         request = tl.program_id(0) * TILE_TOKENS + r // HEADS
@@ -137,6 +144,7 @@ def reduce_expand_kernel(
         start, query_len, seq_len = request_lens(request, query_start_loc_ptr, seq_lens_ptr)
         inside = r < TILE_TOKENS * HEADS
         query = first_query + r // HEADS
+    wait(PDL)  # decode's programs start this kernel after their own wait: whatever came before decode can be read by now
     if SKIP_FIRST_CHUNKS:
         query_len = tl.where(seq_len == query_len, 0, query_len)
     row_ok = inside & (query < query_len)
@@ -220,12 +228,21 @@ class ReduceTiles(NamedTuple):
 def reduce_tiles(
     total_rows: int, group: int, max_query_len: int, head_dim: int, rank_pad: int, num_splits: int
 ) -> ReduceTiles:
-    """One row a program for few rows, with as many splits in flight as registers hold; else the rows of one dot."""
-    block_d = min(64, max(16, triton.next_power_of_2(head_dim)))
+    """The fastest of a sweep at 28/4 heads x 128 and 1 x 32k, 8 x 8k, 16 x 32k, 64 x 4k and 256 x 2k tokens.
+
+    One row a program for few rows, with as many splits in flight as registers hold; else the rows of one dot, more of
+    them where there is nothing to merge.
+    """
+    splits, widest = triton.next_power_of_2(num_splits), max(16, triton.next_power_of_2(head_dim))
+    narrow, wide = (min(widest, max(16, d * 128 // rank_pad)) for d in (64, 128))
     if total_rows <= FEW_ROWS:
-        at_once = max(1, min(triton.next_power_of_2(num_splits), ROW_SPLITS * 128 // rank_pad))
-        return ReduceTiles(1, 1, 1, block_d, at_once, NUM_WARPS)
-    tokens = max(1, 16 // group)  # of different requests, if each has one
+        few = total_rows <= FEW_ROWS // 4  # less than one program of 8 warps for each multiprocessor
+        at_once = max(1, min(splits, (64 if few else 32) * 128 // rank_pad))
+        return ReduceTiles(1, 1, 1, narrow if few else wide, at_once, 8 if few else 4)
+    merges = num_splits > 1
+    tokens = max(1, (16 if merges else 32) // group)  # of different requests, if each has one
     if max_query_len > 1:
         tokens = min(triton.next_power_of_2(max_query_len), tokens)
-    return ReduceTiles(group, tokens, max(16, triton.next_power_of_2(tokens * group)), block_d, 4, NUM_WARPS)
+    rows = max(16, triton.next_power_of_2(tokens * group))
+    at_once = max(1, min(splits, 8 * 128 // rank_pad))
+    return ReduceTiles(group, tokens, rows, narrow if merges else wide, at_once, 8 if merges or rank_pad > 128 else 4)
