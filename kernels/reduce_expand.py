@@ -144,7 +144,7 @@ def reduce_expand_kernel(
         start, query_len, seq_len = request_lens(request, query_start_loc_ptr, seq_lens_ptr)
         inside = r < TILE_TOKENS * HEADS
         query = first_query + r // HEADS
-    wait(PDL)  # decode's programs start this kernel after their own wait: whatever came before decode can be read by now
+    wait(PDL)  # the lengths above came before decode, whose programs start this kernel after their own wait
     if SKIP_FIRST_CHUNKS:
         query_len = tl.where(seq_len == query_len, 0, query_len)
     row_ok = inside & (query < query_len)

@@ -26,7 +26,7 @@ from vllm_kvsplice.errors import KVSpliceError
 NAME = "kvsplice_observed"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OUTPUT_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo")  # an attention layer's output projection
-Transform = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Transform = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]]
 
 _transforms: WeakKeyDictionary[nn.Module, Transform] = WeakKeyDictionary()  # by module of a model inside transformed_kv
 
@@ -70,6 +70,9 @@ def transformed_kv(model: Any, fn: Transform) -> Iterator[None]:
     untransformed k, v); what it returns must have the shapes of k and v. Encoders and cross attention are left alone.
     On exit the model has the attention implementation that it had.
 
+    ``fn`` may return a third tensor, bool and broadcast to [B, num_heads, T, n * S]: which of the keys a query sees,
+    besides what the model's own mask leaves of them. Then k and v may be n versions of the sequence, one after another.
+
     Raises:
         KVSpliceError: the model's attention does not go through the interface, or has attention sinks.
     """
@@ -107,11 +110,14 @@ def _attention(
     decoder = kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False
     layer_idx = getattr(module, "layer_idx", None)
     if fn is not None and decoder and isinstance(layer_idx, int):
-        new_key, new_value = fn(layer_idx, query, key, value)
-        if new_key.shape != key.shape or new_value.shape != value.shape:
+        new_key, new_value, *seen = fn(layer_idx, query, key, value)
+        versions = seen[0].shape[-1] // key.shape[2] if seen else 1
+        if new_key.shape != _versions(key, versions) or new_value.shape != _versions(value, versions):
             raise ValueError(
                 f"transformed k, v: expected {[*key.shape]} and {[*value.shape]}, got {[*new_key.shape]} and {[*new_value.shape]}"
             )
+        if seen:
+            attention_mask = _also_seen(attention_mask, query, key, seen[0])
         key, value = new_key.to(key.dtype), new_value.to(value.dtype)
     if kwargs.get("s_aux") is not None:
         raise KVSpliceError(
@@ -122,6 +128,22 @@ def _attention(
         return _soft_capped(module, query, key, value, attention_mask, soft_cap, kwargs.get("scaling"))
     output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return output
+
+
+def _versions(x: Tensor, n: int) -> tuple[int, int, int, int]:
+    """The shape of n versions of k or v."""
+    return (x.shape[0], x.shape[1], n * x.shape[2], x.shape[3])
+
+
+def _also_seen(mask: Tensor | None, query: Tensor, key: Tensor, seen: Tensor) -> Tensor:
+    """The model's mask, plain causal if None, repeated for every version of the keys and narrowed to ``seen``."""
+    T, S = query.shape[2], key.shape[2]
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril(S - T)[None, None]
+    versions = mask.repeat(1, 1, 1, seen.shape[-1] // S)
+    if mask.dtype == torch.bool:
+        return versions & seen
+    return versions.masked_fill(~seen, torch.finfo(mask.dtype).min)
 
 
 def _soft_capped(

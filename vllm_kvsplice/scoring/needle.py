@@ -42,6 +42,7 @@ class Needle:
     prompt: list[int]
     answer: list[int]
     depth: float  # of the sentence in the text: 0 is its start, 1 its end
+    question_tokens: int = 0  # how many of the prompt's last tokens are the question
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def _sample(tokenizer: Any, haystack: Sequence[int], task: NeedleTask, rng: rand
     text = [haystack[(offset + i) % len(haystack)] for i in range(room)]
     depth = index / (task.count - 1) if task.count > 1 else 0.5
     place = _word_start(tokenizer, text, round(depth * room))
-    return Needle(prefix + text[:place] + sentence + text[place:] + question, answer, depth)
+    return Needle(prefix + text[:place] + sentence + text[place:] + question, answer, depth, len(question))
 
 
 def _split_answer(tokenizer: Any, question: str, answer: str) -> tuple[list[int], list[int]]:
