@@ -6,7 +6,10 @@ Same three functions as torch_path, and the reservation of scratch and the warm-
 
 from __future__ import annotations
 
-from functools import lru_cache
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from itertools import product
 from math import prod
 from typing import Any, NamedTuple
@@ -28,6 +31,8 @@ from vllm_kvsplice.serving.refusals import FLASH_HEAD_DIM
 from vllm_kvsplice.serving.vllm_compat import flash_attention, workspace
 
 LONG_STEP = 1024  # tokens: past the sizes at which the launchers change their tiles
+WARM_UP_THREADS = 8
+Step = Callable[[], None]
 Shapes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 Written = tuple[Tensor, Tensor, Tensor]  # key and value [>= T, H, head_dim], slot_mapping [T]
 
@@ -158,8 +163,9 @@ def warm_up(
     cache = torch.zeros(1, codec.num_kv_heads, block_size, cell, dtype=torch.uint8, device=device)
     bases = _blank_bases(codec, device)
     tensors = Tensors(bases, prepare(*bases))
+    steps: list[Step] = []
     if _flash_attention(D, codec.soft_cap) and D <= FLASH_HEAD_DIM:
-        cached_prefill.warm_up(codec, bases, cache, dtype)
+        steps.append(partial(cached_prefill.warm_up, codec, bases, cache, dtype))
 
     def rows(tokens: int) -> tuple[Tensor, Written]:
         query, key = (
@@ -167,16 +173,38 @@ def warm_up(
         )
         return query, (key, key, torch.full((tokens,), -1, dtype=torch.int64, device=device))
 
-    for tokens in step_sizes(most, codec.num_heads, codec.num_kv_heads, D, *_plans(codec, cache)):
-        query, written = rows(tokens)
-        write(codec, tensors, *written[:2], cache, written[2])
+    def long_step(tokens: int) -> None:
+        query, (key, value, slots) = rows(tokens)
+        write(codec, tensors, key, value, cache, slots)
         for skip in (False, True) if tokens <= _most_latent_tokens(codec, most) else ():
             empty = _empty_requests(1, LONG_STEP, LONG_STEP, device)
             _attend_codes(codec, tensors, query, cache, empty, torch.empty_like(query), 1, skip)
-    for num_reqs, query_len, max_seq_len in decode_steps(codec, block_size, decode_query_len, limits, device):
+
+    def decode_step(num_reqs: int, query_len: int, max_seq_len: int) -> None:
         query, written = rows(num_reqs * query_len)
         empty = _empty_requests(num_reqs, query_len, max_seq_len, device)
         decode(codec, tensors, query, written, cache, empty, torch.empty_like(query))
+
+    sizes = step_sizes(most, codec.num_heads, codec.num_kv_heads, D, *_plans(codec, cache))
+    steps += [partial(long_step, tokens) for tokens in sizes]
+    steps += [partial(decode_step, *s) for s in decode_steps(codec, block_size, decode_query_len, limits, device)]
+    _run_together(steps, device)
+
+
+def _run_together(steps: list[Step], device: torch.device) -> None:
+    """Side by side on a GPU: most of a compilation holds no lock of Python's."""
+    if device.type != "cuda":
+        for step in steps:
+            step()
+        return
+
+    def run(step: Step) -> None:
+        with torch.cuda.device(device):
+            step()
+
+    with ThreadPoolExecutor(min(WARM_UP_THREADS, os.cpu_count() or 1)) as pool:
+        list(pool.map(run, steps))
+    torch.cuda.synchronize(device)
 
 
 def decode_steps(
