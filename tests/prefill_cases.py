@@ -24,7 +24,7 @@ class Flash:
     def __call__(
         self, *, q: Tensor, k: Tensor, v: Tensor, out: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
         max_seqlen_k: int, softmax_scale: float, causal: bool, window_size: list[int], softcap: float, fa_version: int,
-        return_softmax_lse: bool = False,
+        return_softmax_lse: bool = False, num_splits: int = 0,
     ) -> Any:  # fmt: skip
         self.calls.append(dict(requests=len(cu_seqlens_q) - 1, keys=len(k), causal=causal, lse=return_softmax_lse))
         q_bounds, k_bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
