@@ -142,6 +142,12 @@ def test_a_request_whose_chunks_were_merged_is_left_out():
     assert analysis.summarise(raw, 8)["steady_tpot_ms"] == pytest.approx(10.0)
 
 
+def test_chunks_merged_before_all_decode_leave_the_steady_time_known():
+    raw = answer(begins=[1.0, 1.0, 1.5], step_s=0.01, num_chunks=100)
+    raw["itls"][0] = [0.16, *raw["itls"][0][2:]]  # ends before the third request begins
+    assert analysis.steady_tpot_ms(raw, 8) == pytest.approx([10.0] * 3)
+
+
 def test_without_a_moment_of_all_decoding_there_is_no_steady_time():
     raw = answer(begins=[1.0, 99.0], step_s=0.01, num_chunks=10)
     record = analysis.summarise(raw, 8)

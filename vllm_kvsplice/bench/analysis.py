@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ _LISTS = (
     "generated_texts",
     "errors",
 )
+MERGED = 1.5  # times the usual gap between chunks: two merged ones are 2 apart
 ASIDE = ("settings", "provenance", "summary")
 
 
@@ -43,19 +44,18 @@ def steady_tpot_ms(raw: dict[str, Any], chunk: int) -> list[float]:
     Args:
         raw: vLLM's detailed JSON; ``chunk``: tokens per streamed chunk after the first token, which comes alone.
     Returns:
-        One number per request that has two chunks in that window. A request whose chunks were merged on the way (a client
-        too slow) has no known token times and is left out.
+        One number per request that has two chunks in that window. A request some of whose chunks were merged on the way (a
+        client busy with sending prompts) is left out, unless its chunks in the window are evenly spaced: none is merged then.
     """
     begins = [start + ttft for start, ttft in zip(raw["start_times"], raw["ttfts"], strict=True)]
     ends = [start + latency for start, latency in zip(raw["start_times"], raw["latencies"], strict=True)]
     first, last = max(begins), min(ends) + 1e-9
     found = []
     for begin, itls, tokens in zip(begins, raw["itls"], raw["output_lens"], strict=True):
-        if chunk * len(itls) != tokens - 1:
-            continue
         inside = [t for t in accumulate(itls, initial=begin) if first - 1e-9 <= t <= last]
-        if len(inside) > 1:
-            found.append(1e3 * (inside[-1] - inside[0]) / (chunk * (len(inside) - 1)))
+        gaps = [b - a for a, b in pairwise(inside)]
+        if gaps and (chunk * len(itls) == tokens - 1 or max(gaps) < MERGED * median(gaps)):
+            found.append(1e3 * fmean(gaps) / chunk)
     return found
 
 
