@@ -18,7 +18,18 @@ from vllm_kvsplice.demo import run as demo
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.scoring import evaluate, plan
 
-COMMANDS = ("calibrate", "eval", "inspect", "plan", "bench", "bench kernels", "bench serve", "demo", "version")
+COMMANDS = (
+    "calibrate",
+    "eval",
+    "compare",
+    "inspect",
+    "plan",
+    "bench",
+    "bench kernels",
+    "bench serve",
+    "demo",
+    "version",
+)
 
 
 @pytest.fixture(scope="module")

@@ -47,6 +47,7 @@ def test_there_are_kernels():
         ("vllm_kvsplice.codec.projector", "triton vllm transformers kvsplice_kernels"),
         ("vllm_kvsplice.calibration.calibrate", "vllm kvsplice_kernels"),  # transformers loads triton by itself, late
         ("vllm_kvsplice.scoring.evaluate", "triton vllm kvsplice_kernels"),
+        ("vllm_kvsplice.lab.compare", "vllm kvsplice_kernels matplotlib"),
         ("vllm_kvsplice.demo.server", "torch triton vllm transformers"),
     ],
 )

@@ -17,6 +17,9 @@ TABLE = [
     ("near_lossless", 16, [(8, 8), (4, 8)], [(8, 8), (4, 8)], 36),  # a quarter is 4: at least 8
     ("near_lossless", 80, [(8, 24), (4, 56)], [(8, 24), (4, 56)], 116),
     ("near_lossless", 128, [(8, 32), (4, 96)], [(8, 32), (4, 96)], 172),
+    ("balanced", 64, [(8, 8), (4, 56)], [(4, 48), (0, 16)], 70),
+    ("balanced", 128, [(8, 16), (4, 112)], [(4, 96), (0, 32)], 130),
+    ("max", 128, [(4, 64), (2, 64)], [(4, 80), (0, 48)], 100),
     ("v_only", 96, [(16, 96)], [(8, 24), (4, 72)], 258),
     ("int8", 64, [(8, 64)], [(8, 64)], 132),
 ]
@@ -64,7 +67,7 @@ def test_an_untouched_side_that_is_compressed_after_all_is_calibrated_for_its_me
 @pytest.mark.parametrize(
     "preset, overrides, says",
     [
-        ("nearlossless", {}, "not known: expected int8, near_lossless, none, orthogonal, .*v_only"),
+        ("nearlossless", {}, "not known: expected balanced, int8, max, near_lossless, none, orthogonal, .*v_only"),
         ("../none", {}, "not known"),
         ("orthogonal", dict(rank=12), "multiple of 8 up to head_dim 64"),
         ("orthogonal", dict(rank=72), "multiple of 8 up to head_dim 64"),

@@ -44,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
     table: tuple[tuple[str, Callable[[Given], int] | None, Callable[[argparse.ArgumentParser], Any], str], ...] = (
         ("calibrate", _calibrate, _calibrate_options, "find the bases of a model and write its projector file"),
         ("eval", _eval, _eval_options, "score a model with and without the codec"),
+        ("compare", _compare, _compare_options, "score published KV cache codecs and kvsplice's on the same tokens"),
+        ("tune", _tune, _tune_options, "choose the tiers of every layer, K and V apart, for a budget of loss or bytes"),
         ("inspect", _inspect, _inspect_options, "show what a projector file holds and saves"),
         ("plan", _plan, _plan_options, "tokens and users that fit a GPU: dense, fp8, kvsplice"),
         ("bench", None, _bench_commands, "time kernels, or serving, against what vLLM has without kvsplice"),
@@ -122,6 +124,50 @@ def _eval_options(command: argparse.ArgumentParser) -> None:
         "--vllm-args", type=_json_object, metavar="JSON", help="vllm: further arguments of vllm.LLM for both engines"
     )
     command.add_argument("--json", metavar="OUT", default=None, help="write the result as JSON")
+
+
+def _compare_options(command: argparse.ArgumentParser) -> None:
+    _model(command)
+    add = command.add_argument
+    add("--text", metavar="FILE", help="UTF-8 text to score on (default: held-out part of the built-in English)")
+    text = command.add_mutually_exclusive_group()
+    text.add_argument("--calibration", metavar="FILE", help="UTF-8 text to calibrate on (default: built-in English)")
+    text.add_argument("--dataset", choices=("wikitext2", "c4"), help="data set to calibrate on, through `datasets`")
+    names = "names, families or .toml presets, with commas or repeated (default: all)"
+    add("--codecs", action="extend", type=_words, metavar="LIST", help=names)
+    add("--projector", dest="projectors", action="append", metavar="FILE", help="projector file to add, repeatable")
+    add("--samples", type=int, metavar="N", help="windows of text in a calibration (default: 32)")
+    add("--seeds", type=int, metavar="N", help="calibrations, each on other windows (default: 3)")
+    add("--seq-len", type=int, metavar="N", help="tokens per window (default: 2048, or what the model holds)")
+    add("--windows", type=int, metavar="N", help="windows scored (default: the whole text)")
+    add("--needle", type=int, metavar="N", help="retrieval samples (default: none)")
+    add("--needle-len", type=int, metavar="L", help="tokens per retrieval sample (default: as --seq-len)")
+    _place(command)
+    add("--json", metavar="OUT", default=None, help="write the result as JSON")
+    add("--plot", metavar="OUT", default=None, help="write a plot as PNG (needs matplotlib)")
+
+
+def _tune_options(command: argparse.ArgumentParser) -> None:
+    _model(command)
+    add = command.add_argument
+    budget = command.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--budget-ppl", type=float, metavar="PCT", help="most that perplexity may rise, percent")
+    budget.add_argument("--budget-kld", type=float, metavar="X", help="most KL divergence per token, nats")
+    budget.add_argument("--target-ratio", type=float, metavar="R", help="dense bytes over compressed bytes, K+V")
+    text = command.add_mutually_exclusive_group()
+    text.add_argument("--text", metavar="FILE", help="UTF-8 text to calibrate on (default: built-in English)")
+    text.add_argument("--dataset", choices=("wikitext2", "c4"), help="data set to calibrate on, through `datasets`")
+    text_help = "UTF-8 text to verify on (default: held-out part of the built-in English, or the last fifth of --text)"
+    add("--verify-text", metavar="FILE", help=text_help)
+    even_help = "pages of one size for all layers, as models with several attention windows have anyway"
+    add("--even-layers", action="store_true", help=even_help)
+    add("--samples", type=int, metavar="N", help="windows of calibration text (default: 32)")
+    add("--windows", type=int, metavar="N", help="windows of verification text, 0 for all (default: 12)")
+    add("--seq-len", type=int, metavar="N", help="tokens per window (default: 2048, or what the model holds)")
+    _seed_and_place(command)
+    add("--out", metavar="FILE", help="projector file to write")
+    add("--json", metavar="OUT", default=None, help="write the result as JSON")
+    add("--plot", metavar="OUT", default=None, help="write a plot as PNG (needs matplotlib)")
 
 
 def _inspect_options(command: argparse.ArgumentParser) -> None:
@@ -266,6 +312,10 @@ def _model(command: argparse.ArgumentParser) -> None:
 
 def _seed_and_place(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, metavar="N", help="of every random choice (default: 0)")
+    _place(command)
+
+
+def _place(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:N; of the transformers model"
     )
@@ -330,6 +380,43 @@ def _eval(given: Given) -> int:
     if out:
         results.write_json(result, out)
     return 0
+
+
+def _compare(given: Given) -> int:
+    from vllm_kvsplice.lab import compare, plot, rows
+    from vllm_kvsplice.scoring import results
+
+    out, picture = given.pop("json"), given.pop("plot")
+    if picture:
+        plot.require_matplotlib()
+    for path in (out, picture):
+        if path:
+            results.check_writable(path)
+    result = compare.run(compare.CompareRequest(**_tuples(given)))
+    print(rows.comparison_table(result))
+    if out:
+        results.write_json(result, out)
+    if picture:
+        plot.draw(result, picture)
+    return 0
+
+
+def _tune(given: Given) -> int:
+    from vllm_kvsplice.scoring import results
+    from vllm_kvsplice.tuning import plot, report, tune
+
+    out, picture = given.pop("json"), given.pop("plot")
+    if out:
+        results.check_writable(out)
+    if picture:
+        plot.check(picture)
+    result = tune.run(tune.TuneRequest(**given))
+    print(report.tune_table(result))
+    if out:
+        results.write_json(result, out)
+    if picture:
+        plot.draw(result, picture)
+    return 0 if result["tune"]["verdict"]["within"] else 1
 
 
 def _inspect(given: Given) -> int:

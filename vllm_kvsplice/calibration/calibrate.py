@@ -80,7 +80,7 @@ def run(request: CalibrateRequest) -> Projector:
         windows, calibration = _read(text, tokenizer, choose_seq_len(model.config, request.seq_len), request)
     layers = solve_layers(model, collect(model, windows), layout, recipe)
     projector = Projector(_metadata(model, request, layout, recipe, calibration), layers)
-    _save(projector, out)
+    save(projector, out)
     return projector
 
 
@@ -225,8 +225,8 @@ def _progress(windows: Iterable[Tensor], total: int) -> Iterable[Tensor]:
     return track(windows, "calibrating", total=total, console=Console(stderr=True), transient=True)
 
 
-def _save(projector: Projector, out: Path) -> None:
-    """Write beside ``out`` and rename, so that no half-written file is ever found there."""
+def save(projector: Projector, out: Path) -> None:
+    """Write beside ``out`` and rename, so that no half-written file is ever found there; KVSpliceError if it cannot be."""
     partial = out.with_name(f".{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,8 @@ from vllm_kvsplice.errors import KVSpliceError
 NAME = "kvsplice_observed"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OUTPUT_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "wo")  # an attention layer's output projection
-Transform = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]]
+Replaced = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+Transform = Callable[[int, Tensor, Tensor, Tensor], Replaced]
 
 _transforms: WeakKeyDictionary[nn.Module, Transform] = WeakKeyDictionary()  # by module of a model inside transformed_kv
 
@@ -79,7 +80,7 @@ def transformed_kv(model: Any, fn: Transform) -> Iterator[None]:
     before = _implementations(model)
     calls = 0
 
-    def counted(layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def counted(layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> Replaced:
         nonlocal calls
         calls += 1
         return fn(layer_idx, q, k, v)
