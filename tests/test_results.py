@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 RESULTS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "docs/results").glob("*.json")}
 README = (ROOT / "README.md").read_text()
+QUALITY = (ROOT / "docs/quality.md").read_text()
 PERFORMANCE = (ROOT / "docs/performance.md").read_text()
 
 
@@ -100,3 +101,27 @@ def test_times_per_token_are_quoted_as_measured(file, point):
     cells = [f"{base:.2f}", *(f"{tpot:.2f} ({tpot / base:.2f}x)" for tpot in others)]
     name = f"{points[0]['batch']} x {points[0]['context']} (`{file}`)"
     assert f"| {name} | {' | '.join(cells)} |" in README
+
+
+def test_other_codecs_are_quoted_as_measured():
+    ref, demo = ({c["name"]: c for c in RESULTS[f"compare-{m}"]["codecs"]} for m in ("ref-d128", "demo"))
+    for name in ref.keys() & demo.keys() - {"bf16"}:
+        cells = (
+            f"{c['ratio']['kv']:.2f}x {c['delta_ppl_pct']['mean']:+.2f} % {c['kld']['mean']:.5f} {100 * c['needle']:.0f} %"
+            for c in (ref[name], demo[name])
+        )
+        assert f"| {name} | {' | '.join(cells)} |" in QUALITY
+
+
+def test_tuning_is_quoted_as_measured():
+    result = RESULTS["tune-ref-d128"]
+    assert (
+        f"{result['ratio']['kv']:.2f}x, KLD {result['kld']:.5f}, perplexity {result['ppl']['delta_pct']:+.2f}"
+        in QUALITY
+    )
+    for point in result["tune"]["tried"]:
+        cells = f"{point['ratio']:.2f}x | {point['predicted_kld']:.5f} | {point['kld']:.5f} |"
+        assert f"| {point['bytes_per_token_head']:.1f} | {cells}" in QUALITY
+    for row in result["tune"]["uniform"]:
+        sizes = f"| {row['name']} | {row['bytes_per_token_head']:.0f} | {row['kld']:.6f} |"
+        assert f"{sizes} {row['tuned']['bytes_per_token_head']:.1f} | {row['tuned']['kld']:.6f} |" in QUALITY
