@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from vllm_kvsplice.bench import analysis, breakdown, commands, measure, plots, serve
+from vllm_kvsplice.bench import analysis, breakdown, commands, measure, serve
 from vllm_kvsplice.bench.report import report
 from vllm_kvsplice.bench.request import ServeBenchRequest, check, parse_setting
 from vllm_kvsplice.errors import KVSpliceError
@@ -326,6 +326,6 @@ def test_a_file_that_is_no_result_is_refused(tmp_path):
 
 
 def test_plots_say_what_to_install(monkeypatch):
-    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(KVSpliceError, match="pip install"):
         serve.run(dataclasses.replace(DUMMY, plot="x"))

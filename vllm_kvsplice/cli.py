@@ -8,14 +8,13 @@ were not given are not passed on, so defaults live in the requests alone.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vllm_kvsplice import options
 from vllm_kvsplice.errors import KVSpliceError
 
-DTYPES = ("auto", "bfloat16", "float16", "float32")
 Given = dict[str, Any]
 
 
@@ -42,14 +41,24 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     table: tuple[tuple[str, Callable[[Given], int] | None, Callable[[argparse.ArgumentParser], Any], str], ...] = (
-        ("calibrate", _calibrate, _calibrate_options, "find the bases of a model and write its projector file"),
-        ("eval", _eval, _eval_options, "score a model with and without the codec"),
-        ("compare", _compare, _compare_options, "score published KV cache codecs and kvsplice's on the same tokens"),
-        ("tune", _tune, _tune_options, "choose the tiers of every layer, K and V apart, for a budget of loss or bytes"),
-        ("inspect", _inspect, _inspect_options, "show what a projector file holds and saves"),
-        ("plan", _plan, _plan_options, "tokens and users that fit a GPU: dense, fp8, kvsplice"),
+        ("calibrate", _calibrate, options.calibrate_options, "find the bases of a model and write its projector file"),
+        ("eval", _eval, options.eval_options, "score a model with and without the codec"),
+        (
+            "compare",
+            _compare,
+            options.compare_options,
+            "score published KV cache codecs and kvsplice's on the same tokens",
+        ),
+        (
+            "tune",
+            _tune,
+            options.tune_options,
+            "choose the tiers of every layer, K and V apart, for a budget of loss or bytes",
+        ),
+        ("inspect", _inspect, options.inspect_options, "show what a projector file holds and saves"),
+        ("plan", _plan, options.plan_options, "tokens and users that fit a GPU: dense, fp8, kvsplice"),
         ("bench", None, _bench_commands, "time kernels, or serving, against what vLLM has without kvsplice"),
-        ("demo", _demo, _demo_options, "calibrate, score and serve the bundled model, offline"),
+        ("demo", _demo, options.demo_options, "calibrate, score and serve the bundled model, offline"),
         ("version", _version, lambda _: None, "print the versions of kvsplice and of what it runs on"),
     )
     for name, run, add, text in table:
@@ -61,302 +70,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 # ---------------------------------------------------------------- options
-def _calibrate_options(command: argparse.ArgumentParser) -> None:
-    _model(command)
-    command.add_argument("--out", required=True, metavar="FILE", help="projector file to write")
-    text = command.add_mutually_exclusive_group()
-    text.add_argument("--text", metavar="FILE", help="UTF-8 text to calibrate on (default: built-in English)")
-    text.add_argument("--dataset", choices=("wikitext2", "c4"), help="data set to calibrate on, through `datasets`")
-    command.add_argument(
-        "--preset",
-        metavar="NAME",
-        help="near_lossless (default), int8, v_only, orthogonal, orthogonal_int8, orthogonal_int4, none, or a .toml file",
-    )
-    command.add_argument("--samples", type=int, metavar="N", help="windows of text (default: 64)")
-    command.add_argument(
-        "--seq-len", type=int, metavar="N", help="tokens per window (default: 2048, or what the model holds)"
-    )
-    _seed_and_place(command)
-    command.add_argument("--rank", type=int, metavar="N", help="dimensions of V kept")
-    command.add_argument("--v-bits", type=int, metavar="N", help="V in one tier of 16, 8, 4 or 2 bits")
-    command.add_argument("--k-bits", type=int, metavar="N", help="K in one tier of 16, 8, 4 or 2 bits")
-    for side, aware in (("k", "query-aware"), ("v", "output-aware")):
-        cost = f"what a lost dimension of {side.upper()} costs (default: the preset's)"
-        command.add_argument(f"--metric-{side}", choices=(aware, "plain"), help=cost)
-    command.add_argument(
-        "--equalise",
-        choices=("gamma", "rotate", "sigma", "none"),
-        help="how variances are evened out inside a tier (default: the preset's)",
-    )
-
-
-def _eval_options(command: argparse.ArgumentParser) -> None:
-    _model(command)
-    command.add_argument(
-        "--projector",
-        metavar="FILE",
-        help="projector file (default: what serving would pick: kvsplice.safetensors beside the weights, else calibration-free int8)",
-    )
-    command.add_argument(
-        "--text", metavar="FILE", help="UTF-8 text to score on (default: held-out part of the built-in English)"
-    )
-    command.add_argument(
-        "--engine",
-        choices=("hf", "vllm"),
-        help="hf: fast simulation by the same codec (default); vllm: two real engines, as served",
-    )
-    command.add_argument(
-        "--seq-len", type=int, metavar="N", help="tokens per window (default: 2048, or what the model holds)"
-    )
-    command.add_argument("--windows", type=int, metavar="N", help="windows scored (default: the whole text)")
-    command.add_argument("--needle", type=int, metavar="N", help="retrieval samples (default: none)")
-    command.add_argument(
-        "--needle-len", type=int, metavar="L", help="tokens per retrieval sample (default: as --seq-len)"
-    )
-    command.add_argument("--needle-template", metavar="TEXT", help="hidden sentence with {word} and {digits}")
-    command.add_argument("--needle-question", metavar="TEXT", help="question with {word}; the digits must follow it")
-    _seed_and_place(command)
-    command.add_argument(
-        "--topk", type=int, metavar="K", help="most likely tokens that both engines compare (default: 128)"
-    )
-    command.add_argument("--cache-gib", type=float, metavar="GIB", help="vllm: KV cache of either engine (default: 1)")
-    command.add_argument(
-        "--vllm-args", type=_json_object, metavar="JSON", help="vllm: further arguments of vllm.LLM for both engines"
-    )
-    command.add_argument("--json", metavar="OUT", default=None, help="write the result as JSON")
-
-
-def _compare_options(command: argparse.ArgumentParser) -> None:
-    _model(command)
-    add = command.add_argument
-    add("--text", metavar="FILE", help="UTF-8 text to score on (default: held-out part of the built-in English)")
-    text = command.add_mutually_exclusive_group()
-    text.add_argument("--calibration", metavar="FILE", help="UTF-8 text to calibrate on (default: built-in English)")
-    text.add_argument("--dataset", choices=("wikitext2", "c4"), help="data set to calibrate on, through `datasets`")
-    names = "names, families or .toml presets, with commas or repeated (default: all)"
-    add("--codecs", action="extend", type=_words, metavar="LIST", help=names)
-    add("--projector", dest="projectors", action="append", metavar="FILE", help="projector file to add, repeatable")
-    add("--samples", type=int, metavar="N", help="windows of text in a calibration (default: 32)")
-    add("--seeds", type=int, metavar="N", help="calibrations, each on other windows (default: 3)")
-    add("--seq-len", type=int, metavar="N", help="tokens per window (default: 2048, or what the model holds)")
-    add("--windows", type=int, metavar="N", help="windows scored (default: the whole text)")
-    add("--needle", type=int, metavar="N", help="retrieval samples (default: none)")
-    add("--needle-len", type=int, metavar="L", help="tokens per retrieval sample (default: as --seq-len)")
-    _place(command)
-    add("--json", metavar="OUT", default=None, help="write the result as JSON")
-    add("--plot", metavar="OUT", default=None, help="write a plot as PNG (needs matplotlib)")
-
-
-def _tune_options(command: argparse.ArgumentParser) -> None:
-    _model(command)
-    add = command.add_argument
-    budget = command.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--budget-ppl", type=float, metavar="PCT", help="most that perplexity may rise, percent")
-    budget.add_argument("--budget-kld", type=float, metavar="X", help="most KL divergence per token, nats")
-    budget.add_argument("--target-ratio", type=float, metavar="R", help="dense bytes over compressed bytes, K+V")
-    text = command.add_mutually_exclusive_group()
-    text.add_argument("--text", metavar="FILE", help="UTF-8 text to calibrate on (default: built-in English)")
-    text.add_argument("--dataset", choices=("wikitext2", "c4"), help="data set to calibrate on, through `datasets`")
-    text_help = "UTF-8 text to verify on (default: held-out part of the built-in English, or the last fifth of --text)"
-    add("--verify-text", metavar="FILE", help=text_help)
-    even_help = "pages of one size for all layers, as models with several attention windows have anyway"
-    add("--even-layers", action="store_true", help=even_help)
-    add("--samples", type=int, metavar="N", help="windows of calibration text (default: 32)")
-    add("--windows", type=int, metavar="N", help="windows of verification text, 0 for all (default: 12)")
-    add("--seq-len", type=int, metavar="N", help="tokens per window (default: 2048, or what the model holds)")
-    _seed_and_place(command)
-    add("--out", metavar="FILE", help="projector file to write")
-    add("--json", metavar="OUT", default=None, help="write the result as JSON")
-    add("--plot", metavar="OUT", default=None, help="write a plot as PNG (needs matplotlib)")
-
-
-def _inspect_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("path", metavar="FILE", help="projector file")
-    command.add_argument("--json", action="store_true", default=False, help="print JSON")
-
-
-def _plan_options(command: argparse.ArgumentParser) -> None:
-    _model(command)
-    command.add_argument("--projector", metavar="FILE", help="projector file (default: what serving would pick)")
-    command.add_argument("--gpu-memory", type=float, required=True, metavar="GIB", help="memory of one GPU")
-    command.add_argument("--context", type=int, required=True, metavar="N", help="tokens per user")
-    command.add_argument("--dtype", choices=DTYPES, help="of weights and dense cache (default: the checkpoint's)")
-    command.add_argument("--tp", type=int, metavar="N", help="GPUs that share the model (default: 1)")
-    command.add_argument("--utilization", type=float, metavar="F", help="vLLM's gpu_memory_utilization (default: 0.9)")
-    command.add_argument("--json", action="store_true", default=False, help="print JSON")
-
-
-def _demo_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", metavar="DIR", help="another model (default: the bundled one)")
-    command.add_argument("--port", type=int, metavar="N", help="port of the servers (default: a free one)")
-    command.add_argument("--keep", action="store_true", help="keep the working folder with logs and projector")
-    command.add_argument("--json", metavar="OUT", help="write the result as JSON")
-
-
 def _bench_commands(command: argparse.ArgumentParser) -> None:
     kinds = command.add_subparsers(required=True, metavar="WHAT")
     for name, run, add, text in (
-        ("kernels", _bench_kernels, _bench_kernels_options, "kernels against the attention kernels that vLLM ships"),
-        ("serve", _bench_serve, _bench_serve_options, "vLLM's own `vllm bench` over a list of cache settings"),
+        (
+            "kernels",
+            _bench_kernels,
+            options.bench_kernels_options,
+            "kernels against the attention kernels that vLLM ships",
+        ),
+        ("serve", _bench_serve, options.bench_serve_options, "vLLM's own `vllm bench` over a list of cache settings"),
     ):
         kind = kinds.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
         add(kind)
         kind.set_defaults(run=run)
-
-
-def _bench_kernels_options(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    text = "preset or .toml file, repeatable (default: near_lossless, int8, v_only)"
-    add("--layout", dest="presets", action="append", metavar="NAME", help=text)
-    add(
-        "--heads",
-        action="append",
-        type=_numbers(2, "/"),
-        metavar="Q/KV",
-        help="query and KV heads, repeatable (default: 28/4)",
-    )
-    add("--head-dim", type=int, metavar="N", help="dimensions of a head (default: 128)")
-    text = "of the decode kernel, repeatable (default: 64x4096 256x2048 16x32768 8x8192 1x32768)"
-    add("--shape", dest="shapes", action="append", type=_numbers(2, "x"), metavar="BATCHxCONTEXT", help=text)
-    add("--what", action="extend", type=_words, metavar="LIST", help="of decode,write,prefill (default: all)")
-    add("--splits", choices=("chosen", "sweep"), help="as serving chooses (default), or a sweep around that")
-    add("--block-size", dest="block_sizes", action="append", type=int, metavar="N", help="repeatable (default: 16, 64)")
-    add(
-        "--write-tokens",
-        action="extend",
-        type=_list(int),
-        metavar="LIST",
-        help="tokens of a cache write (default: 1,64,256,2048,8192)",
-    )
-    text = "of the prefill, repeatable (default: 4x2048x0 1x8192x0 1x8192x32768)"
-    add("--chunk", dest="chunks", action="append", type=_numbers(3, "x"), metavar="BATCHxNEWxCACHED", help=text)
-    add(
-        "--peer",
-        action="append",
-        metavar="NAME",
-        help="flash-attention-3, vllm-triton, ... alone, repeatable (default: all)",
-    )
-    add("--no-peers", dest="peers", action="store_false", help="time kvsplice alone")
-    add("--json", metavar="OUT", help="write the result as JSON")
-
-
-def _bench_serve_options(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
-    add("model", nargs="?", metavar="MODEL", help="Hugging Face id, or folder")
-    add(
-        "--model-shape",
-        metavar="NAME",
-        help="instead of MODEL: qwen2.5-7b, qwen2.5-0.5b or llama-3.1-8b with dummy weights",
-    )
-    add("--dummy", action="store_true", help="dummy weights; MODEL needs no more than a config.json")
-    text = "bf16, fp8, cache:KV_CACHE_DTYPE, kvsplice, kvsplice:FILE or (dummy weights) kvsplice:PRESET; repeatable, the first is what the others are compared with (default: bf16, fp8, kvsplice)"
-    add("--setting", dest="settings", action="append", metavar="NAME", help=text)
-    text = "BATCHxCONTEXT, with commas or repeated (default: 1x1024,64x1024,64x4096,16x8192,16x32768)"
-    add("--point", dest="points", action="extend", type=_list(_numbers(2, "x")), metavar="POINTS", help=text)
-    add("--no-points", dest="points", action="store_const", const=(), help="the sweep alone")
-    add("--point-output", type=int, metavar="N", help="tokens decoded at a point (default: 129)")
-    add("--repeats", type=int, metavar="N", help="times a point is decoded (default: 3)")
-    text = "users of the saturation sweep, with commas or repeated (default: no sweep)"
-    add("--concurrency", action="extend", type=_list(int), metavar="LIST", help=text)
-    add("--sweep-input", type=int, metavar="N", help="tokens of a prompt of the sweep (default: 16384)")
-    add("--sweep-output", type=int, metavar="N", help="tokens of an answer of the sweep (default: 512)")
-    add("--sweep-rounds", type=int, metavar="N", help="prompts per user of the sweep (default: 2)")
-    add("--sweep-returning", action="store_true", help="send every prompt of the sweep a second time, timed by itself")
-    text = "latency limit of the sweep in ms, NAME:MS of ttft, tpot, e2el; repeatable (default: ttft:10000 tpot:50)"
-    add("--goodput", action="append", metavar="LIMIT", help=text)
-    add(
-        "--also",
-        action="extend",
-        type=_words,
-        metavar="LIST",
-        help="of latency,throughput: those `vllm bench` commands too, an engine each",
-    )
-    _bench_serve_engines(command)
-
-
-def _bench_serve_engines(command: argparse.ArgumentParser) -> None:
-    """What all engines of a serving benchmark share, and where results go."""
-    add = command.add_argument
-    add("--gpu-memory-utilization", type=float, metavar="F", help="of every engine (default: 0.9)")
-    add(
-        "--kv-cache-memory-bytes",
-        type=int,
-        metavar="N",
-        help="cache of every engine (default: what the utilization leaves)",
-    )
-    add("--max-num-batched-tokens", type=int, metavar="N", help="of every engine (default: vLLM's)")
-    add(
-        "--stream-interval",
-        type=int,
-        metavar="N",
-        help="tokens per streamed chunk, so that the client keeps up (default: 8)",
-    )
-    add("--serve-args", metavar="TEXT", help="further arguments of every engine, in one string")
-    add("--seed", type=int, metavar="N", help="of the prompts and the bases (default: 0)")
-    add("--json", metavar="OUT", help="write the result as JSON, whenever it has grown")
-    add(
-        "--from",
-        dest="results",
-        action="append",
-        metavar="FILE",
-        help="run nothing: print and plot results of earlier runs, merged; repeatable",
-    )
-    add("--plot", metavar="DIR", help="write plots as PNG (needs matplotlib)")
-    add("--kernels-json", metavar="FILE", help="with --plot: draw the kernel times of `kvsplice bench kernels --json`")
-    add("--logs", metavar="DIR", help="keep vLLM's logs and JSON there")
-
-
-def _model(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="MODEL", help="Hugging Face id, or folder")
-
-
-def _seed_and_place(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--seed", type=int, metavar="N", help="of every random choice (default: 0)")
-    _place(command)
-
-
-def _place(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--device", metavar="NAME", help="auto (default), cpu, cuda, cuda:N; of the transformers model"
-    )
-    command.add_argument("--dtype", choices=DTYPES, help="of the model's arithmetic (default: auto)")
-
-
-def _numbers(count: int, separator: str) -> Callable[[str], tuple[int, ...]]:
-    def parse(text: str) -> tuple[int, ...]:
-        try:
-            found = tuple(int(part) for part in text.split(separator))
-        except ValueError:
-            found = ()
-        if len(found) != count:
-            example = separator.join(["16", "8", "4"][:count])
-            raise argparse.ArgumentTypeError(f"{text!r} is not {count} numbers like {example}")
-        return found
-
-    return parse
-
-
-def _list(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    def items(text: str) -> list[Any]:
-        try:
-            return [parse(item) for item in text.split(",")]
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a list with commas") from None
-
-    return items
-
-
-_words = _list(str)
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError("expected a JSON object")
-    return value
 
 
 # ---------------------------------------------------------------- subcommands
@@ -372,51 +99,49 @@ def _calibrate(given: Given) -> int:
 def _eval(given: Given) -> int:
     from vllm_kvsplice.scoring import evaluate, results
 
-    out = given.pop("json")
-    if out:
-        results.check_writable(out)
-    result = evaluate.run(evaluate.EvalRequest(**given))
-    print(results.eval_table(result))
-    if out:
-        results.write_json(result, out)
+    _reported(given, lambda: evaluate.run(evaluate.EvalRequest(**given)), results.eval_table)
     return 0
 
 
 def _compare(given: Given) -> int:
     from vllm_kvsplice.lab import compare, plot, rows
-    from vllm_kvsplice.scoring import results
 
-    out, picture = given.pop("json"), given.pop("plot")
-    if picture:
-        plot.require_matplotlib()
-    for path in (out, picture):
-        if path:
-            results.check_writable(path)
-    result = compare.run(compare.CompareRequest(**_tuples(given)))
-    print(rows.comparison_table(result))
-    if out:
-        results.write_json(result, out)
-    if picture:
-        plot.draw(result, picture)
+    def run() -> dict[str, Any]:
+        return compare.run(compare.CompareRequest(**_tuples(given)))
+
+    _reported(given, run, rows.comparison_table, plot.draw)
     return 0
 
 
 def _tune(given: Given) -> int:
-    from vllm_kvsplice.scoring import results
     from vllm_kvsplice.tuning import plot, report, tune
 
-    out, picture = given.pop("json"), given.pop("plot")
+    result = _reported(given, lambda: tune.run(tune.TuneRequest(**given)), report.tune_table, plot.draw)
+    return 0 if result["tune"]["verdict"]["within"] else 1
+
+
+def _reported(
+    given: Given,
+    run: Callable[[], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+    draw: Callable[[dict[str, Any], str], None] | None = None,
+) -> dict[str, Any]:
+    """Run and print; write --json and --plot, which leave ``given`` and are checked before the work."""
+    from vllm_kvsplice.scoring import results
+
+    out, picture = given.pop("json"), given.pop("plot", None)
+    if picture:
+        results.require_matplotlib()
+        results.check_writable(picture, "--plot")
     if out:
         results.check_writable(out)
-    if picture:
-        plot.check(picture)
-    result = tune.run(tune.TuneRequest(**given))
-    print(report.tune_table(result))
+    result = run()
+    print(table(result))
     if out:
         results.write_json(result, out)
-    if picture:
-        plot.draw(result, picture)
-    return 0 if result["tune"]["verdict"]["within"] else 1
+    if draw and picture:
+        draw(result, picture)
+    return result
 
 
 def _inspect(given: Given) -> int:

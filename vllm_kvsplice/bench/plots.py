@@ -6,7 +6,6 @@ Drawn from a result file alone, so that a machine without matplotlib can measure
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +15,6 @@ from typing import Any
 from vllm_kvsplice.bench import analysis
 from vllm_kvsplice.bench.breakdown import Bar
 from vllm_kvsplice.bench.report import break_even_text
-from vllm_kvsplice.errors import KVSpliceError
 
 DPI = 144
 SIZE = (7.0, 4.4)
@@ -24,17 +22,8 @@ SIZE = (7.0, 4.4)
 Paint = Callable[[Any], bool]  # draws into matplotlib Axes; False if there was nothing to draw
 
 
-def require_matplotlib() -> None:
-    """Raises KVSpliceError where it is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise KVSpliceError(
-            "--plot needs matplotlib: pip install 'kvsplice[plot]', or draw later with `kvsplice bench serve --from FILE --plot DIR`."
-        )
-
-
 def draw(result: dict[str, Any], folder: Path, kernels: dict[str, list[Bar]] | None) -> list[Path]:
     """Write every picture that the result has numbers for; returns the files."""
-    require_matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
     pictures: list[tuple[str, Paint]] = [
         (f"tpot_batch{batch}.png", partial(_tpot, result=result, batch=batch)) for batch in analysis.batches(result)

@@ -24,9 +24,10 @@ from vllm_kvsplice.bench.commands import bench_latency, bench_throughput, engine
 from vllm_kvsplice.bench.measure import CALL_TIMEOUT_S, Model, Progress, measure, new_record
 from vllm_kvsplice.bench.report import report
 from vllm_kvsplice.bench.request import DTYPE, KVSPLICE, ServeBenchRequest, Setting, check, parse_setting
+from vllm_kvsplice.codec.fingerprint import shown_name
 from vllm_kvsplice.demo.server import require_vllm
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.scoring.results import check_writable, provenance, write_json
+from vllm_kvsplice.scoring.results import check_writable, provenance, require_matplotlib, write_json
 from vllm_kvsplice.scoring.signals import deferred_signals, termination_as_exit
 
 DATA = (
@@ -44,7 +45,7 @@ def run(request: ServeBenchRequest, console: Console | None = None) -> int:
     if request.json:
         check_writable(request.json)
     if request.plot:
-        plots.require_matplotlib()
+        require_matplotlib()
     kernels = breakdown.read(request.kernels_json) if request.kernels_json else None
     if request.results:
         result = analysis.merge([_read(path) for path in request.results])
@@ -140,7 +141,7 @@ def _also(
 def _model(request: ServeBenchRequest, work: Path) -> tuple[Model, dict[str, Any]]:
     """What vLLM is given, and the part of the result that says so."""
     name = request.model_shape or str(request.model)
-    shown = Path(name).resolve().name if Path(name).is_dir() else name  # a folder's path is nobody's business
+    shown = shown_name(name)
     if request.weights == "real":
         return Model(name, name, Path(name).is_dir()), {"name": shown, "weights": "real"}
     folder, tokenizer = work / "model", work / "tokenizer"

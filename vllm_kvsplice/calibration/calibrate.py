@@ -27,7 +27,7 @@ from vllm_kvsplice.calibration.moments import Moments
 from vllm_kvsplice.calibration.presets import Recipe, SideRecipe, load_preset, resolve
 from vllm_kvsplice.calibration.texts import Text, load_text, token_windows
 from vllm_kvsplice.codec import bases
-from vllm_kvsplice.codec.fingerprint import ModelShape, model_shape
+from vllm_kvsplice.codec.fingerprint import ModelShape, model_shape, shown_name
 from vllm_kvsplice.codec.layout import LatentLayout, Side
 from vllm_kvsplice.codec.projector import Basis, Calibration, LayerProjector, Metadata, Projector, build_metadata
 from vllm_kvsplice.errors import KVSpliceError
@@ -100,11 +100,10 @@ def _read(text: Text, tokenizer: Any, seq_len: int, request: CalibrateRequest) -
 def _metadata(
     model: Any, request: CalibrateRequest, layout: LatentLayout, recipe: Recipe, calibration: Calibration | None
 ) -> Metadata:
-    folder = Path(request.model)
     return build_metadata(
         model.config,
         Path(request.preset).stem if request.preset.endswith(".toml") else request.preset,
-        model_name=folder.resolve().name if folder.is_dir() else request.model,  # a folder's path is nobody's business
+        model_name=shown_name(request.model),
         recipe=recipe.model_dump(mode="json") | {"bytes_per_token_head": layout.bytes_per_token_head},
         calibration=calibration,
         versions={"kvsplice": __version__, "torch": torch.__version__, "transformers": transformers.__version__},

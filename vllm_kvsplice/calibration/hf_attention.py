@@ -115,7 +115,7 @@ def _attention(
         versions = seen[0].shape[-1] // key.shape[2] if seen else 1
         if new_key.shape != _versions(key, versions) or new_value.shape != _versions(value, versions):
             raise ValueError(
-                f"transformed k, v: expected {[*key.shape]} and {[*value.shape]}, got {[*new_key.shape]} and {[*new_value.shape]}"
+                f"transformed k, v: expected {[*_versions(key, versions)]} and {[*_versions(value, versions)]}, got {[*new_key.shape]} and {[*new_value.shape]}"
             )
         if seen:
             attention_mask = _also_seen(attention_mask, query, key, seen[0])

@@ -169,3 +169,12 @@ def _joined(parts: Iterable[str]) -> str:
         if size >= MAX_CHARS:
             break
     return "".join(kept)[:MAX_CHARS]
+
+
+def refuse_overlap(scored: Text, calibration: Text, option: str) -> None:
+    """Raise KVSpliceError if one text holds the other: a codec would be scored on what it was made from."""
+    short, long = sorted((scored.content.strip(), calibration.content.strip()), key=len)
+    if short in long:
+        raise KVSpliceError(
+            f"the scored text {scored.name} and the calibration text {calibration.name} overlap: give another {option} FILE."
+        )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -46,3 +47,9 @@ def model_shape(config: Any) -> ModelShape:
         num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
     )
+
+
+def shown_name(model: str) -> str:
+    """A model's id, or its folder's own name: in a file that travels the folder's path is nobody's business."""
+    folder = Path(model)
+    return folder.resolve().name if folder.is_dir() else model

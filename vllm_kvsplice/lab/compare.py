@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vllm_kvsplice.calibration.hf_attention import load_model
-from vllm_kvsplice.calibration.texts import Text, load_text, special_prefix, token_windows
-from vllm_kvsplice.codec.fingerprint import model_shape
+from vllm_kvsplice.calibration.texts import Text, load_text, refuse_overlap, special_prefix, token_windows
+from vllm_kvsplice.codec.fingerprint import model_shape, shown_name
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.lab import registry
 from vllm_kvsplice.lab.codec import Codec, Geometry, Setup
@@ -67,10 +66,10 @@ def run(request: CompareRequest) -> dict[str, Any]:
     candidates, unprepared = prepare(request, codecs, model, tokenizer, calibration, geometry)
     scores = score_windows(model, candidates, windows)
     base_hits, hits = score_needles(model, candidates, needles)
-    total, folder = sum(scores[0], Scores()), Path(request.model)
+    total = sum(scores[0], Scores())
     return {
         "model": {
-            "name": folder.resolve().name if folder.is_dir() else request.model,
+            "name": shown_name(request.model),
             "digest": shape.digest,
             "revision": getattr(model.config, "_commit_hash", None),
         },
@@ -98,11 +97,7 @@ def texts(request: CompareRequest) -> tuple[Text, Text]:
     """The text to score and the one to calibrate on; KVSpliceError if one holds the other."""
     text = load_text(request.text, held_out=True)
     calibration = load_text(request.calibration, request.dataset)
-    short, long = sorted((text.content.strip(), calibration.content.strip()), key=len)
-    if short in long:
-        raise KVSpliceError(
-            f"the scored text {text.name} and the calibration text {calibration.name} overlap: give another --calibration FILE."
-        )
+    refuse_overlap(text, calibration, "--calibration")
     return text, calibration
 
 

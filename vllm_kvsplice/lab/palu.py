@@ -4,8 +4,9 @@
 The weights W of a group of up to four KV heads are cut to rank r such that the output y = W x loses least on calibration
 text; with whitening by the input's second moment that is the projector on the leading eigenvectors of E[y y^T]. Ranks are
 the same everywhere, or, as ``_fisher`` says, in proportion to the Fisher information of each group's weights, the paper's
-choice for deep models. Latents of 4 or 3 bits are Hadamard-rotated and quantised per token. A bias is added after reconstruction, and keys get their RoPE then: so this codec acts on the outputs
-of k_proj and v_proj, and needs a model that has them.
+choice for deep models. Latents of 4 or 3 bits are Hadamard-rotated and quantised per token. A bias is added after
+reconstruction, and keys get their RoPE then: so this codec acts on the outputs of k_proj and v_proj, and needs a model
+that has them.
 """
 
 from __future__ import annotations

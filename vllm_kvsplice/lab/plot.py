@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
-
-from vllm_kvsplice.errors import KVSpliceError
 
 DPI = 144
 SIZE = (9.0, 5.2)
@@ -14,15 +11,8 @@ MARKERS = "osD^v<>PX*hdp8"
 OURS = "KVSplice"
 
 
-def require_matplotlib() -> None:
-    """Raises KVSpliceError where it is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise KVSpliceError("--plot needs matplotlib: pip install 'kvsplice[plot]'.")
-
-
 def draw(result: dict[str, Any], path: str) -> None:
     """Write the picture; codecs without any loss are left out of the logarithmic axis."""
-    require_matplotlib()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE, layout="constrained")

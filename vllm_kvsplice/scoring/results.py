@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -77,11 +78,17 @@ def write_json(result: dict[str, Any], path: str) -> None:
     Path(path).write_text(to_json(result) + "\n")
 
 
-def check_writable(path: str) -> None:
+def require_matplotlib() -> None:
+    """Raise KVSpliceError, before the work, where pictures cannot be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise KVSpliceError("--plot needs matplotlib: pip install 'kvsplice[plot]'.")
+
+
+def check_writable(path: str, option: str = "--json") -> None:
     """Raise KVSpliceError, before the work rather than after it, if a file cannot be written."""
     place = Path(path)
     if place.is_dir() or not os.access(place if place.exists() else place.parent, os.W_OK):
-        raise KVSpliceError(f"{path} cannot be written: give --json a file in a folder that exists.")
+        raise KVSpliceError(f"{path} cannot be written: give {option} a file in a folder that exists.")
 
 
 def to_json(result: dict[str, Any]) -> str:

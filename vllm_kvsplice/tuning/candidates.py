@@ -59,11 +59,6 @@ def side_bytes(head_dim: int, plan: Tiers) -> int:
     return LatentLayout.of(head_dim, plan, plan).side_bytes("k")
 
 
-def layout_of(head_dim: int, k: Tiers, v: Tiers) -> LatentLayout:
-    """The layout of a layer whose sides were chosen."""
-    return LatentLayout.of(head_dim, k, v)
-
-
 def recipe_of(base: Recipe, layout: LatentLayout) -> Recipe:
     """The base recipe, its bases and metrics, with the tiers of a layout."""
     return base.model_copy(update={side: with_tiers(getattr(base, side), layout.tiers(side)) for side in SIDES})
@@ -94,7 +89,7 @@ def _readable(plan: Tiers) -> bool:
 def _valid(head_dim: int, plan: Tiers) -> bool:
     """Whether the layout takes it: it alone knows what a width asks of a tier."""
     try:
-        layout_of(head_dim, plan, plan)
+        LatentLayout.of(head_dim, plan, plan)
     except KVSpliceError:
         return False
     return True

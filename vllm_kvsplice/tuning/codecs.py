@@ -18,7 +18,7 @@ from vllm_kvsplice.codec.layout import LatentLayout
 from vllm_kvsplice.codec.projector import LayerProjector, Projector, build_metadata
 from vllm_kvsplice.scoring.hf_engine import Codec
 from vllm_kvsplice.tuning.allocate import Point
-from vllm_kvsplice.tuning.candidates import layout_of, recipe_of
+from vllm_kvsplice.tuning.candidates import recipe_of
 
 Layers = dict[int, LayerProjector]
 
@@ -36,7 +36,7 @@ def solver(model: Any, seen: Mapping[int, Moments], base: Recipe) -> Callable[[M
 def layouts_of(point: Point, indices: list[int]) -> dict[int, LatentLayout]:
     """The layouts of a point by layer; ``indices`` are the layers in the point's order."""
     pairs = zip(indices, point.layers, strict=True)
-    return {i: layout_of(sum(n for _, n in p.k.tiers), p.k.tiers, p.v.tiers) for i, p in pairs}
+    return {i: LatentLayout.of(sum(n for _, n in p.k.tiers), p.k.tiers, p.v.tiers) for i, p in pairs}
 
 
 def preset_layers(model: Any, seen: Mapping[int, Moments], head_dim: int) -> dict[str, Layers]:

@@ -3,22 +3,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
-
-from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.scoring.results import check_writable
 
 DPI = 144
 SIZE = (7.0, 4.8)
-
-
-def check(path: str) -> None:
-    """Raise KVSpliceError, before the work rather than after it, if the picture cannot be drawn or written."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise KVSpliceError("--plot needs matplotlib: pip install 'kvsplice[plot]'.")
-    check_writable(path)
 
 
 def draw(found: dict[str, Any], path: str) -> None:
@@ -41,9 +29,7 @@ def draw(found: dict[str, Any], path: str) -> None:
         axes.axhline(limit, color="grey", linestyle=":", linewidth=1)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    axes.set_title(
-        f"{Path(found['model']['name']).name}, {found['windows']} windows of {found['text']['name']}", fontsize=9
-    )
+    axes.set_title(f"{found['model']['name']}, {found['windows']} windows of {found['text']['name']}", fontsize=9)
     figure.savefig(path, dpi=DPI)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import re
 
-from vllm_kvsplice.calibration.texts import Text, load_text
-from vllm_kvsplice.errors import KVSpliceError
+from vllm_kvsplice.calibration.texts import Text, load_text, refuse_overlap
 
 HELD_OUT_SHARE = 0.2  # of a given text, from its end
 
@@ -15,15 +14,12 @@ def choose(text: str | None, dataset: str | None, verify: str | None) -> tuple[T
     """The calibration text and the verification text.
 
     Without ``verify`` the built-in text's held-out part is verified on, or the last fifth of a given file or data set, cut
-    at a paragraph, which then is not calibrated on. Raises KVSpliceError if both are the same text.
+    at a paragraph, which then is not calibrated on. Raises KVSpliceError if one of them holds the other.
     """
     given = load_text(text, dataset)
     if verify:
         other = load_text(verify)
-        if other.sha256 == given.sha256:
-            raise KVSpliceError(
-                f"--verify-text {verify} is the text that is calibrated on: give another one, or leave it out."
-            )
+        refuse_overlap(other, given, "--verify-text")
         return given, other
     if text or dataset:
         return split(given)

@@ -25,10 +25,11 @@ from vllm_kvsplice.calibration.hf_attention import load_model
 from vllm_kvsplice.calibration.moments import Moments
 from vllm_kvsplice.calibration.presets import load_preset
 from vllm_kvsplice.calibration.texts import Text, special_prefix, token_windows
-from vllm_kvsplice.codec.fingerprint import model_shape
+from vllm_kvsplice.codec.fingerprint import model_shape, shown_name
 from vllm_kvsplice.codec.projector import Calibration, Projector, build_metadata
 from vllm_kvsplice.scoring.evaluate import cut_windows
 from vllm_kvsplice.scoring.plan import layer_windows
+from vllm_kvsplice.scoring.results import check_writable
 from vllm_kvsplice.tuning import allocate, codecs, report, search, sensitivity, texts, trials, verify
 from vllm_kvsplice.tuning.allocate import Point
 from vllm_kvsplice.tuning.candidates import SIDES, tier_plans
@@ -70,6 +71,8 @@ class TuneRequest:
 def run(request: TuneRequest) -> dict[str, Any]:
     """Tune, save to ``request.out`` if there is one, and report; raises KVSpliceError on a bad request."""
     budget = search.budget_of(request.budget_ppl, request.budget_kld, request.target_ratio)
+    if request.out:
+        check_writable(request.out, "--out")
     text, held_out = texts.choose(request.text, request.dataset, request.verify_text)
     model, tokenizer = load_model(request.model, request.device, request.dtype)
     seq_len = calibrate.choose_seq_len(model.config, request.seq_len)
@@ -99,7 +102,7 @@ def run(request: TuneRequest) -> dict[str, Any]:
     )
     seconds = {stage: b - a for stage, (a, b) in zip(STAGES, pairwise(clock), strict=True)}
     found = report.result(
-        Facts(request.model, budget, held_out, even, chosen, factor, rivals, calibration, seconds), bench
+        Facts(shown_name(request.model), budget, held_out, even, chosen, factor, rivals, calibration, seconds), bench
     )
     if request.out:
         _save(request, bench, chosen, calibration, report.quality(found))
@@ -125,11 +128,10 @@ def _verification(text: Text, tokenizer: Any, seq_len: int, count: int) -> Tenso
 
 
 def _save(request: TuneRequest, bench: Bench, chosen: Point, calibration: Calibration, quality: dict[str, Any]) -> None:
-    folder = Path(request.model)
     metadata = build_metadata(
         bench.model.config,
         "tuned",
-        model_name=folder.resolve().name if folder.is_dir() else request.model,
+        model_name=shown_name(request.model),
         recipe=load_preset(BASE_PRESET).model_dump(mode="json", exclude={"k": {"tiers"}, "v": {"tiers"}}),
         calibration=calibration,
         versions={"kvsplice": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
