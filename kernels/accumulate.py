@@ -2,7 +2,7 @@
 """Values of decode: z^T = V^T p^T of a tile of tokens, on the codes, and the split's latent in the end.
 
 In: probabilities, a tile's pages. Out: accumulators, then latents in memory. Scales multiply p before the dot, in units of the greatest
-scale so far, so that fp16 holds the product; p * zero point is summed once for all dimensions of a tier.
+scale so far, so that fp16 holds the product; their sum, once for all dimensions of a tier, takes the codes' middle off.
 """
 
 import triton
@@ -13,7 +13,6 @@ from kvsplice_kernels.operands import (
     halves,
     load_value_pairs,
     load_values,
-    scale_of,
     value_codes,
     value_factor,
     value_first,
@@ -21,10 +20,9 @@ from kvsplice_kernels.operands import (
     value_parts,
     value_rows,
     word_width,
-    zero_of,
 )
-from kvsplice_kernels.packing import dot, floor_power_of_two, to_float
-from kvsplice_kernels.plan import chunk_paired, has_zero, num_chunks, num_tiers, tier_bits
+from kvsplice_kernels.packing import dot, floor_power_of_two, scale_of, to_float
+from kvsplice_kernels.plan import chunk_paired, middle, num_chunks, num_tiers, tier_bits
 
 # p * scale fills fp16 up to 2**15: tokens whose scale is 2**-29 of the greatest one still count.
 HEADROOM = tl.constexpr(16384.0)
@@ -33,22 +31,22 @@ HEADROOM = tl.constexpr(16384.0)
 # ---------------------------------------------------------------- values
 @triton.jit
 def init_values(PLAN: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr):
-    """(accumulators [rows, N] of every operand, zero-point sums [TILE, N] of every tier)."""
-    acc, zero_sums = (), ()
+    """(accumulators [rows, N] of every operand, sums of the weights [TILE, N] of every tier)."""
+    acc, sums = (), ()
     for t in tl.static_range(num_tiers(PLAN)):
         for c in tl.static_range(num_chunks(PLAN, t)):
             for _ in tl.static_range(value_parts(PLAN, t) * (2 if chunk_paired(PLAN, t, c) else 1)):
                 acc = acc + (tl.zeros([value_rows(PLAN, t, c), N], tl.float32),)
-        zero_sums = zero_sums + (tl.zeros([TILE, N], tl.float32),)
-    return acc, zero_sums
+        sums = sums + (tl.zeros([TILE, N], tl.float32),)
+    return acc, sums
 
 
 @triton.jit
-def greatest_scale(unit, raw, PLAN: tl.constexpr):
+def greatest_scale(unit, codes, valid, PLAN: tl.constexpr):
     """The greatest scale of V so far, over all tiers, down to a power of two."""
     for t in tl.static_range(num_tiers(PLAN)):
-        if tier_bits(PLAN, t) < 16:  # the bits of positive floats rise with the number
-            unit = tl.maximum(unit, floor_power_of_two(scale_of(tl.max(raw[t], 0))))
+        if tier_bits(PLAN, t) < 16:
+            unit = tl.maximum(unit, floor_power_of_two(scale_of(tl.max(tl.where(valid, codes[t], 0), 0))))
     return unit
 
 
@@ -65,17 +63,24 @@ def scaled(acc, factor, wide_factor, PLAN: tl.constexpr):
 
 
 @triton.jit
-def add_values(
-    acc, p, inverse_unit, page, row, pair_page, pair_row, valid, raw, PLAN: tl.constexpr, WIDE: tl.constexpr
-):
-    """A tile's share of sum_t p_t z_t: p [TILE, N] times scales in their unit, dotted with the codes."""
-    new = ()
+def weights_of(p, inverse_unit, codes, PLAN: tl.constexpr):
+    """What multiplies a tier's codes, [TILE, N] fp32 for every tier: p times scales in their unit."""
+    weights = ()
     in_unit = p * (inverse_unit * HEADROOM)
     for t in tl.static_range(num_tiers(PLAN)):
         if tier_bits(PLAN, t) == 16:
-            weights = to_float(p * HEADROOM, WIDE)
+            weights = weights + (p * HEADROOM,)
         else:
-            weights = (in_unit * scale_of(raw[t])[:, None]).to(tl.float16)
+            weights = weights + (in_unit * scale_of(codes[t])[:, None],)
+    return weights
+
+
+@triton.jit
+def add_values(acc, all_weights, page, row, pair_page, pair_row, valid, PLAN: tl.constexpr, WIDE: tl.constexpr):
+    """A tile's share of sum_t p_t z_t: weights dotted with the codes."""
+    new = ()
+    for t in tl.static_range(num_tiers(PLAN)):
+        weights = to_float(all_weights[t], WIDE if tier_bits(PLAN, t) == 16 else tl.float16)
         for c in tl.static_range(num_chunks(PLAN, t)):
             if chunk_paired(PLAN, t, c):
                 words = load_value_pairs(pair_page, pair_row, PLAN, t, c)
@@ -93,22 +98,23 @@ def add_values(
 
 
 @triton.jit
-def add_zeros(zero_sums, p, alpha, raw, PLAN: tl.constexpr):
-    """Sums of p * zero by tier, still [TILE, N]: they are added up over the tokens once, at the end."""
+def add_weights(sums, weights, factor, PLAN: tl.constexpr):
+    """Sums of the weights by tier, still [TILE, N]: they are added up over the tokens once, at the end."""
     new = ()
     for t in tl.static_range(num_tiers(PLAN)):
-        if has_zero(PLAN, t):
-            new = new + (zero_sums[t] * alpha[None, :] + p * zero_of(raw[t])[:, None],)
+        if middle(PLAN, t) > 0:
+            new = new + (sums[t] * factor[None, :] + weights[t],)
         else:
-            new = new + (zero_sums[t],)
+            new = new + (sums[t],)
     return new
 
 
 @triton.jit
-def store_latent(latent_ptrs, row_ok, acc, zero_sums, unit, inverse_sum, PLAN: tl.constexpr):
-    """Normalise and store the split's latent, zero points added."""
+def store_latent(latent_ptrs, row_ok, acc, sums, unit, inverse_sum, PLAN: tl.constexpr):
+    """Take off the codes' middle, normalise and store the split's latent."""
     for t in tl.static_range(num_tiers(PLAN)):
-        zero_sum = tl.sum(zero_sums[t], 0)
+        offset = tl.sum(sums[t], 0) * middle(PLAN, t)
+        factor = (unit if tier_bits(PLAN, t) < 16 else 1.0) * (1.0 / HEADROOM) * inverse_sum
         step = 1 if tier_bits(PLAN, t) == 16 else 2
         for c in tl.static_range(num_chunks(PLAN, t)):
             for i in tl.static_range(value_parts(PLAN, t)):
@@ -118,8 +124,7 @@ def store_latent(latent_ptrs, row_ok, acc, zero_sums, unit, inverse_sum, PLAN: t
                 else:
                     z = acc[value_index(PLAN, t, c) + i]
                 row = tl.arange(0, z.shape[0])
-                factor = (unit if tier_bits(PLAN, t) < 16 else 1.0) * (1.0 / (HEADROOM * value_factor(PLAN, t, i)))
-                z = (z * factor + zero_sum[None, :]) * inverse_sum[None, :]
+                z = (z * (1.0 / value_factor(PLAN, t, i)) - offset[None, :]) * factor[None, :]
                 mask = row_ok[None, :] & (row < word_width(PLAN, t, c))[:, None]
                 ptrs = latent_ptrs[None, :] + (value_first(PLAN, t, c, i) + step * row)[:, None]
                 tl.store(ptrs, z, mask=mask)

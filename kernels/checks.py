@@ -43,7 +43,7 @@ def check_cache(kv_cache: Tensor, plans: tuple[tuple[tuple[int, ...], ...], ...]
         for bits, dims, _, codes, scale, tokens, _ in plan:
             if tokens != block_size:
                 raise ValueError(f"plan: made for blocks of {tokens} tokens, got a cache with {block_size}")
-            end = max(codes + block_size * dims * bits // 8, scale + (2 if bits == 8 else 4) * block_size)
+            end = max(codes + block_size * dims * bits // 8, scale + block_size)
             if end > block_size * cell:
                 raise ValueError(f"plan: a {bits}-bit tier ends at byte {end} of a page of {block_size * cell} bytes")
 

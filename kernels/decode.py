@@ -7,8 +7,8 @@ the KV head, so decode steps, speculative tokens and chunked prefill take the sa
 
 Tokens are the rows of both dots, S^T = K q^T and z^T = V^T p^T, so that one warp holds 8 query heads without padding them
 to 16 (operands.py has the operands). Queries are pairs of int8, high and low, about 15 bits of each row's greatest
-magnitude. Scales never touch elements: K adds scale * (q.codes) + zero * sum(q) to a logit; V multiplies p by the scale
-before the dot and adds p * zero once for all dimensions of a tier. The logic follows Flash-Decoding,
+magnitude. Scales never touch elements: K adds scale * (q.codes - middle * sum(q)) to a logit; V multiplies p by the scale
+before the dot and takes middle * sum(p * scale) off once for all dimensions of a tier. The logic follows Flash-Decoding,
 https://pytorch.org/blog/flash-decoding/, with the exponent taken in base 2.
 """
 
@@ -17,7 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvsplice_kernels.accumulate import add_values, add_zeros, greatest_scale, init_values, scaled, store_latent
+from kvsplice_kernels.accumulate import (
+    add_values,
+    add_weights,
+    greatest_scale,
+    init_values,
+    scaled,
+    store_latent,
+    weights_of,
+)
 from kvsplice_kernels.checks import check_cache, check_dense, wide_type
 from kvsplice_kernels.logits import Q_STEP, cast_query, load_query, logits
 from kvsplice_kernels.operands import SUB, load_scales, pages_of
@@ -91,7 +99,7 @@ def _attend(
     factor = step * LOG2E
     if SOFT_CAP:
         factor = tl.full([N], LOG2E, tl.float32)
-    acc, zero_sums = init_values(V_PLAN, N, TILE)
+    acc, sums = init_values(V_PLAN, N, TILE)
     unit = floor_power_of_two(tl.max(tl.zeros([SUB], tl.float32), 0))
     m = tl.full([N], float("-inf"), tl.float32)
     row_sum = tl.zeros([TILE, N], tl.float32)
@@ -114,13 +122,15 @@ def _attend(
         p, alpha, m = _softmax_step(x, m, factor)
         row_sum = row_sum * alpha[None, :] + p
 
-        raw = load_scales(page, row, valid, V_PLAN)
-        new_unit = greatest_scale(unit, raw, V_PLAN)
+        codes = load_scales(page, row, V_PLAN)
+        new_unit = greatest_scale(unit, codes, valid, V_PLAN)
         inverse_unit = inverse_power_of_two(new_unit)
-        acc = scaled(acc, alpha * (unit * inverse_unit), alpha, V_PLAN)
+        shrink = alpha * (unit * inverse_unit)
+        weights = weights_of(p, inverse_unit, codes, V_PLAN)
+        acc = scaled(acc, shrink, alpha, V_PLAN)
         pair_row = (i * TILE + pair_token) % BLOCK_SIZE
-        acc = add_values(acc, p, inverse_unit, page, row, pair_page, pair_row, valid, raw, V_PLAN, WIDE)
-        zero_sums = add_zeros(zero_sums, p, alpha, raw, V_PLAN)
+        acc = add_values(acc, weights, page, row, pair_page, pair_row, valid, V_PLAN, WIDE)
+        sums = add_weights(sums, weights, shrink, V_PLAN)
         unit = new_unit
 
     total = tl.sum(row_sum, 0)
@@ -131,7 +141,7 @@ def _attend(
         lse += bias * scale
     tl.store(lse_ptrs, tl.where(any_seen, lse, float("-inf")), mask=row_ok)
     inverse_sum = tl.where(any_seen, 1.0 / safe_sum, 0.0)
-    store_latent(latent_ptrs, row_ok, acc, zero_sums, unit, inverse_sum, V_PLAN)
+    store_latent(latent_ptrs, row_ok, acc, sums, unit, inverse_sum, V_PLAN)
 
 
 @triton.jit(

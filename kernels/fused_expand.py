@@ -3,7 +3,7 @@
 
 In: loose codes (fused_expand_int8, fused_expand_int4) or pages (expand_cached). Out: x^ = D z + mu in the model's
 dtype, for FlashAttention. Meaning: reference.dequantize and expand. As in decode, scales never touch elements:
-x^ = scale * (D codes) + zero * (D 1) + mu.
+x^ = scale * (D codes - middle * D 1) + mu.
 """
 
 import torch
@@ -23,10 +23,11 @@ from kvsplice_kernels.packing import (
     own_columns,
     page_of,
     part_dims,
+    scale_of,
     to_float,
     unpack_part,
 )
-from kvsplice_kernels.plan import Plan, chunk_pad, has_zero, num_chunks, num_parts, num_tiers, rank_of, tier_bits
+from kvsplice_kernels.plan import Plan, chunk_pad, middle, num_chunks, num_parts, num_tiers, rank_of, tier_bits
 from kvsplice_kernels.query_tiles import check_requests, find_tile, num_query_tiles
 
 BLOCK_M = 64
@@ -49,8 +50,7 @@ def _load_decode(decode_ptr, dims, dims_ok, d, HEAD_DIM: tl.constexpr, RANK: tl.
 @triton.jit(do_not_specialize=["num_rows"])
 def fused_expand_kernel(
     codes_ptr,  # [num_rows, num_heads, RANK * NBITS / 8] int8 or uint8
-    scale_ptr,  # [num_rows, num_heads] fp16
-    zero_ptr,  # like scale, or unused at 8 bits
+    scale_ptr,  # [num_rows, num_heads] uint8, reference.scale_of
     decode_ptr,  # [num_heads, HEAD_DIM, RANK] fp32
     mean_ptr,  # [num_heads, HEAD_DIM] fp32
     out_ptr,  # [num_rows, num_heads, HEAD_DIM] bf16, fp16 or fp32
@@ -75,9 +75,9 @@ def fused_expand_kernel(
             acc = dot(unpack_part(raw.to(tl.uint8, bitcast=True), i, NBITS).to(tl.float32), weights, acc, PRECISION)
             ones += tl.sum(weights, 0)
     row = m * num_heads + head
-    acc *= tl.load(scale_ptr + row, mask=m_ok, other=0.0).to(tl.float32)[:, None]
     if NBITS < 8:
-        acc += tl.load(zero_ptr + row, mask=m_ok, other=0.0).to(tl.float32)[:, None] * ones[None, :]
+        acc -= ones[None, :] * (((1 << NBITS) - 1) / 2)
+    acc *= scale_of(tl.load(scale_ptr + row, mask=m_ok, other=0).to(tl.int32))[:, None]
     acc += tl.load(mean_ptr + head * HEAD_DIM + d, mask=d_ok, other=0.0)[None, :]
     out_ptrs = out_ptr + (m * stride_m + head * stride_h)[:, None] + d[None, :]
     tl.store(out_ptrs, to_float(acc, out_ptr.dtype.element_ty), mask=m_ok[:, None] & d_ok[None, :])
@@ -87,35 +87,32 @@ def fused_expand_int8(codes: Tensor, scale: Tensor, decode: Tensor, mean: Tensor
     """out = scale * (D codes) + mean, for symmetric 8-bit codes.
 
     Args:
-        codes: [M, H, rank] int8. scale: [M, H] fp16. decode: [H, head_dim, rank], mean: [H, head_dim], fp32.
+        codes: [M, H, rank] int8. scale: [M, H] uint8, see reference.scale_of. decode: [H, head_dim, rank], mean: [H, head_dim], fp32.
         out: [M, H, head_dim], bfloat16, float16 or float32, any strides with a dense last axis.
     Raises:
         ValueError: a tensor has the wrong dtype, shape or strides.
     """
     check_dense("codes", codes, (*codes.shape[:2], decode.shape[-1]), torch.int8)
-    _fused_expand(codes, scale, scale, decode, mean, out, 8)
+    _fused_expand(codes, scale, decode, mean, out, 8)
 
 
-def fused_expand_int4(packed: Tensor, scale: Tensor, zero: Tensor, decode: Tensor, mean: Tensor, out: Tensor) -> None:
-    """out = scale * (D codes) + zero * (D 1) + mean, for unsigned 4-bit codes packed by reference.pack.
+def fused_expand_int4(packed: Tensor, scale: Tensor, decode: Tensor, mean: Tensor, out: Tensor) -> None:
+    """out = scale * (D (codes - 7.5)) + mean, for unsigned 4-bit codes packed by reference.pack.
 
     Args:
-        packed: [M, H, rank / 2] uint8. scale, zero: [M, H] fp16. decode: [H, head_dim, rank], mean: [H, head_dim], fp32.
+        packed: [M, H, rank / 2] uint8. scale: [M, H] uint8, see reference.scale_of. decode: [H, head_dim, rank], mean: [H, head_dim], fp32.
         out: [M, H, head_dim], bfloat16, float16 or float32, any strides with a dense last axis.
     Raises:
         ValueError: a tensor has the wrong dtype, shape or strides.
     """
     check_dense("packed", packed, (*packed.shape[:2], decode.shape[-1] // 2), torch.uint8)
-    check_dense("zero", zero, tuple(packed.shape[:2]), torch.float16)
-    _fused_expand(packed, scale, zero, decode, mean, out, 4)
+    _fused_expand(packed, scale, decode, mean, out, 4)
 
 
-def _fused_expand(
-    codes: Tensor, scale: Tensor, zero: Tensor, decode: Tensor, mean: Tensor, out: Tensor, bits: int
-) -> None:
+def _fused_expand(codes: Tensor, scale: Tensor, decode: Tensor, mean: Tensor, out: Tensor, bits: int) -> None:
     M, H, row = codes.shape
     head_dim, rank = decode.shape[1:]
-    check_dense("scale", scale, (M, H), torch.float16)
+    check_dense("scale", scale, (M, H), torch.uint8)
     check_dense("decode", decode, (H, head_dim, rank))
     check_dense("mean", mean, (H, head_dim))
     check_floats("out", out, (M, H, head_dim))
@@ -123,7 +120,7 @@ def _fused_expand(
         return
     block_d = min(128, max(16, triton.next_power_of_2(head_dim)))
     fused_expand_kernel[(triton.cdiv(M, BLOCK_M), H, triton.cdiv(head_dim, block_d))](
-        codes, scale, zero, decode, mean, out, M, out.stride(0), out.stride(1),
+        codes, scale, decode, mean, out, M, out.stride(0), out.stride(1),
         HEAD_DIM=head_dim, RANK=rank, NBITS=bits, PRECISION=_precision(out),
         BLOCK_M=BLOCK_M, BLOCK_D=block_d, BLOCK_R=min(32, max(16, triton.next_power_of_2(row))), num_warps=4, num_stages=2,
     )  # fmt: skip
@@ -146,7 +143,8 @@ def _load_tier(
     decode_ptr, d, PLAN: tl.constexpr, t: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
     HEAD_DIM: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """One tier's rows of D^T as 16-bit operands (high, low) in units of a power of two, that unit, and D 1 [BLOCK_D]."""
+    """One tier's rows of D^T as 16-bit operands (high, low) in units of a power of two, that unit, and D of the codes
+    of zeros [BLOCK_D]."""
     TYPE: tl.constexpr = WIDE if tier_bits(PLAN, t) == 16 else tl.float16
     ones = tl.zeros(d.shape, tl.float32)
     greatest = 0.0
@@ -158,8 +156,7 @@ def _load_tier(
             greatest = tl.maximum(greatest, tl.max(tl.abs(weights)))
             total += weights
             parts = parts + (weights,)
-        if has_zero(PLAN, t):
-            ones += tl.sum(total, 0)
+        ones += tl.sum(total, 0) * middle(PLAN, t)
     unit = floor_power_of_two(greatest)
     inverse = inverse_power_of_two(unit)
     operands = ()
@@ -173,10 +170,10 @@ def _load_tier(
 
 @triton.jit
 def _expand_tier(
-    x, page, row, valid, scale, zero, tier, PLAN: tl.constexpr, t: tl.constexpr, WIDE: tl.constexpr,
+    x, page, row, valid, scale, tier, PLAN: tl.constexpr, t: tl.constexpr, WIDE: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    """x [TILE, BLOCK_D] plus one tier's share of D z; none in rows that are not valid, whose scales may be NaN."""
+    """x [TILE, BLOCK_D] plus one tier's share of D z; none in rows that are not valid."""
     operands, unit, ones = tier
     acc = tl.zeros(x.shape, tl.float32)
     for c in tl.static_range(num_chunks(PLAN, t)):
@@ -189,10 +186,9 @@ def _expand_tier(
     if tier_bits(PLAN, t) == 16:
         return x + acc * unit
     else:
-        x += acc * (tl.where(valid, scale, 0.0).to(tl.float32) * unit)[:, None]
-        if has_zero(PLAN, t):
-            x += tl.where(valid, zero, 0.0).to(tl.float32)[:, None] * ones[None, :]
-        return x
+        scale = tl.where(valid, scale, 0.0)
+        x += acc * (scale * unit)[:, None]
+        return x - scale[:, None] * ones[None, :] if middle(PLAN, t) > 0 else x
 
 
 @triton.jit(do_not_specialize=["stride_table", "num_reqs"], do_not_specialize_on_alignment=[
@@ -240,7 +236,7 @@ def expand_cached_kernel(
             scales = load_scales(page, row, PLAN)
             x = tl.broadcast_to(mean[None, :], [TILE, BLOCK_D])
             for t in tl.static_range(num_tiers(PLAN)):
-                x = _expand_tier(x, page, row, valid, scales[2 * t], scales[2 * t + 1], tiers[t], PLAN, t, WIDE, EXACT)
+                x = _expand_tier(x, page, row, valid, scales[t], tiers[t], PLAN, t, WIDE, EXACT)
             out_ptrs = out_ptr + (position.to(tl.int64) * stride_m)[:, None] + d[None, :]
             mask = (position < end)[:, None] & (d < HEAD_DIM)[None, :]
             tl.store(out_ptrs, to_float(x, out_ptr.dtype.element_ty), mask=mask)

@@ -86,9 +86,8 @@ def fast_reciprocal(x):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x of fp32 numbers as large as fp16's, to the last bit or the one before; 0 at zero."""
-    safe = tl.where(x > 0, x, 1.0)
-    guess = fast_reciprocal(safe)
+    """1 / x of a scale, to the last bit or the one before."""
+    guess = fast_reciprocal(x)
     if not INTERPRETED:  # where the division is exact, and fma is not
-        guess = tl.fma(tl.fma(-safe, guess, tl.full(safe.shape, 1.0, tl.float32)), guess, guess)
-    return tl.where(x > 0, guess, 0.0)
+        guess = tl.fma(tl.fma(-x, guess, tl.full(x.shape, 1.0, tl.float32)), guess, guess)
+    return guess

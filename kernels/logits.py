@@ -2,7 +2,7 @@
 """Queries and keys of decode: S^T = K q^T of a tile of tokens, on the codes.
 
 In: q_latent of project_query, a tile's pages. Out: logits in steps of the query. Queries are pairs of int8, high and low, about 15
-bits of each row's greatest magnitude; a scale multiplies a token's dot, a zero point adds sum(q) times itself.
+bits of each row's greatest magnitude; a scale multiplies a token's dot with the codes, less sum(q) times their middle.
 """
 
 import triton
@@ -17,11 +17,9 @@ from kvsplice_kernels.operands import (
     load_keys,
     load_scales,
     query_index,
-    scale_of,
-    zero_of,
 )
-from kvsplice_kernels.packing import dot, floor_power_of_two, inverse_power_of_two, round_even, to_float
-from kvsplice_kernels.plan import chunk_width, has_zero, num_chunks, num_tiers, tier_bits
+from kvsplice_kernels.packing import dot, floor_power_of_two, inverse_power_of_two, round_even, scale_of, to_float
+from kvsplice_kernels.plan import chunk_width, middle, num_chunks, num_tiers, tier_bits
 
 HIGH = tl.constexpr(63.5)  # q in units of a power of two not above its greatest magnitude: |q| < 2, |high| <= 127
 LOW = tl.constexpr(254)
@@ -52,7 +50,7 @@ def load_query(q_ptrs, row_ok, PLAN: tl.constexpr):
 @triton.jit
 def cast_query(parts, unit, PLAN: tl.constexpr, WIDE: tl.constexpr):
     """Operands in steps of unit * Q_STEP, (high, low) int8 of every part, or one float of ``unit`` at 16 bits; and for
-    each tier their sum as rounded, in steps [N]."""
+    each tier what they add to a dot with codes of zeros, in steps [N]."""
     inverse = inverse_power_of_two(unit)[:, None, None]
     cast, sums = (), ()
     for t in tl.static_range(num_tiers(PLAN)):
@@ -67,7 +65,7 @@ def cast_query(parts, unit, PLAN: tl.constexpr, WIDE: tl.constexpr):
                     low = round_even((q * HIGH - high) * LOW)
                     total += tl.sum(tl.sum(high * LOW + low, 2), 1)
                     cast = cast + (_operand(high.to(tl.int8)), _operand(low.to(tl.int8)))
-        sums = sums + (total,)
+        sums = sums + (total * middle(PLAN, t),)
     return cast, sums
 
 
@@ -79,7 +77,7 @@ def _operand(q):
 
 # ---------------------------------------------------------------- keys
 @triton.jit
-def _tier_logits(x, q, q_sum, page, row, valid, raw, PLAN: tl.constexpr, t: tl.constexpr, WIDE: tl.constexpr):
+def _tier_logits(x, q, q_sum, page, row, valid, code, PLAN: tl.constexpr, t: tl.constexpr, WIDE: tl.constexpr):
     """x [TILE, N] plus one tier's share of q.k^, in steps of the query."""
     if tier_bits(PLAN, t) == 16:
         u = tl.zeros(x.shape, tl.float32)
@@ -95,9 +93,10 @@ def _tier_logits(x, q, q_sum, page, row, valid, raw, PLAN: tl.constexpr, t: tl.c
                 codes = key_codes(k, i, PLAN, t)
                 high = tl.dot(codes, q[query_index(PLAN, t, c) + 2 * i], high, out_dtype=tl.int32)
                 low = tl.dot(codes, q[query_index(PLAN, t, c) + 2 * i + 1], low, out_dtype=tl.int32)
-        if has_zero(PLAN, t):
-            x += q_sum[None, :] * zero_of(raw)[:, None]
-        return x + (high * LOW + low).to(tl.float32) * scale_of(raw)[:, None]
+        dots = (high * LOW + low).to(tl.float32)
+        if middle(PLAN, t) > 0:
+            dots -= q_sum[None, :]
+        return x + dots * scale_of(code)[:, None]  # finite whatever the bytes, so that -inf stays
 
 
 @triton.jit
@@ -106,7 +105,7 @@ def logits(
     ONE_QUERY: tl.constexpr, WINDOW: tl.constexpr, PLAN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """q.k^ of a tile [TILE, N] in steps of the query, -inf where a token is not seen."""
-    raw = load_scales(page, row, valid, PLAN)
+    codes = load_scales(page, row, PLAN)
     if ONE_QUERY:
         bias = tl.where(valid, 0.0, float("-inf"))
         x = tl.broadcast_to(bias[:, None], [position.shape[0], q_position.shape[0]])
@@ -117,5 +116,5 @@ def logits(
             seen = seen & (distance < WINDOW)
         x = tl.where(seen, 0.0, float("-inf"))
     for t in tl.static_range(num_tiers(PLAN)):
-        x = _tier_logits(x, q, q_sums[t], page, row, valid, raw[t], PLAN, t, WIDE)
+        x = _tier_logits(x, q, q_sums[t], page, row, valid, codes[t], PLAN, t, WIDE)
     return x

@@ -16,7 +16,6 @@ from kvsplice_kernels.plan import (
     chunk_col,
     chunk_paired,
     chunk_width,
-    has_zero,
     num_chunks,
     num_tiers,
     scale_offset,
@@ -205,34 +204,17 @@ def repeated(raw, TIMES: tl.constexpr):
 
 
 @triton.jit
-def load_scales(page, row, valid, PLAN: tl.constexpr):
-    """Of every tier, the scales of the tokens ``row`` as int32 [TILE], 0 where not ``valid`` (foreign ones may be NaN):
-    the scale above its zero point, or above 0. As words of 4 bytes even these are copied ahead asynchronously."""
-    raw = ()
+def load_scales(page, row, PLAN: tl.constexpr):
+    """Scale bytes of every tier's tokens ``row`` as int32 [TILE]. As words of 4 bytes, which four tokens share, even these are
+    copied ahead asynchronously."""
+    codes = ()
     for t in tl.static_range(num_tiers(PLAN)):
         if tier_bits(PLAN, t) == 16:
-            raw = raw + (0,)
+            codes = codes + (0,)
         else:
-            words = (page + scale_offset(PLAN, t)).to(tl.pointer_type(tl.int32))
-            if has_zero(PLAN, t):
-                pair = tl.load(words + row)
-            else:
-                pair = tl.load(words + row // 2)
-                pair = tl.where(row % 2 == 0, pair << 16, pair & -65536)
-            raw = raw + (tl.where(valid, pair, 0),)
-    return raw
-
-
-@triton.jit
-def scale_of(raw):
-    """fp32 scales of what load_scales gave."""
-    return (raw >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def zero_of(raw):
-    """fp32 zero points of what load_scales gave."""
-    return raw.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            words = tl.load((page + scale_offset(PLAN, t)).to(tl.pointer_type(tl.int32)) + row // 4)
+            codes = codes + ((words >> (row % 4 * 8)) & 0xFF,)
+    return codes
 
 
 # ---------------------------------------------------------------- unpacking

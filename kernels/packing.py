@@ -15,7 +15,6 @@ from kvsplice_kernels.plan import (
     chunk_paired,
     chunk_width,
     codes_offset,
-    has_zero,
     num_chunks,
     num_tiers,
     scale_offset,
@@ -24,11 +23,7 @@ from kvsplice_kernels.plan import (
     tier_start,
 )
 
-# Clip candidates (count, step) by bit width, reference.CLIP_SEARCH.
-CLIP_COUNT_4 = tl.constexpr(4)
-CLIP_STEP_4 = tl.constexpr(0.06)
-CLIP_COUNT_2 = tl.constexpr(8)
-CLIP_STEP_2 = tl.constexpr(0.08)
+LEAST_EXPONENT = tl.constexpr(-18)  # reference.LEAST_EXPONENT
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
@@ -68,9 +63,16 @@ def inverse_power_of_two(x):
 
 # ---------------------------------------------------------------- codes
 @triton.jit
-def to_fp16(x):
-    """Nearest fp16, saturating."""
-    return tl.minimum(tl.maximum(x, -65504.0), 65504.0).to(tl.float16)
+def scale_of(code):
+    """fp32 scales of scale bytes in int32, reference.scale_of: never zero, infinite or NaN."""
+    return ((code << 20) + ((127 + LEAST_EXPONENT) << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scale_code(scale):
+    """Scale byte in int32 of the least scale that is not below fp32 ``scale``, reference.scale_code."""
+    code = ((scale.to(tl.int32, bitcast=True) + 0xFFFFF) >> 20) - ((127 + LEAST_EXPONENT) << 3)
+    return tl.minimum(tl.maximum(code, 0), 255)
 
 
 @triton.jit
@@ -191,25 +193,18 @@ def load_codes(page, row, valid, PLAN: tl.constexpr, t: tl.constexpr, c: tl.cons
 
 @triton.jit
 def scale_ptrs(page, row, PLAN: tl.constexpr, t: tl.constexpr):
-    """Pointers [rows] to fp16 scales; where the tier has zero points, each lies right before its scale."""
-    scales = (page + scale_offset(PLAN, t)).to(tl.pointer_type(tl.float16))
-    if has_zero(PLAN, t):
-        return scales + (row * 2 + 1)
-    else:
-        return scales + row
+    """Pointers [rows] to scale bytes."""
+    return page + (scale_offset(PLAN, t) + row)
 
 
 @triton.jit
 def load_scales(page, row, PLAN: tl.constexpr):
-    """Scale and zero point of every tier, flat: 2 * num_tiers fp16 vectors [rows]; zeros where a tier has none."""
+    """fp32 scales [rows] of every tier; 0 where a tier has none."""
     scales = ()
     for t in tl.static_range(num_tiers(PLAN)):
-        none = tl.zeros(row.shape, tl.float16)
         if tier_bits(PLAN, t) == 16:
-            scales = scales + (none, none)
-        elif has_zero(PLAN, t):
-            ptrs = scale_ptrs(page, row, PLAN, t)
-            scales = scales + (tl.load(ptrs), tl.load(ptrs - 1))
+            scales = scales + (0,)
         else:
-            scales = scales + (tl.load(scale_ptrs(page, row, PLAN, t)), none)
+            code = tl.load(scale_ptrs(page, row, PLAN, t))
+            scales = scales + (scale_of(code.to(tl.int32)),)
     return scales

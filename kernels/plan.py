@@ -62,9 +62,10 @@ def chunk_paired(plan, t, c):
 
 
 @triton.constexpr_function
-def has_zero(plan, t):
-    """Whether tier t's scale plane holds a zero point before each scale."""
-    return plan[t][0] in (4, 2)
+def middle(plan, t):
+    """The code that stands for zero, reference.middle: half-way between two of them at 4 and 2 bits."""
+    bits = plan[t][0]
+    return (2**bits - 1) / 2 if bits < 8 else 0.0
 
 
 @triton.constexpr_function

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tier's latents -> scale, zero point and codes in a page: the jit helpers of cache_write.
+"""A tier's latents -> scale and codes in a page: the jit helpers of cache_write.
 
 In: fp32 tiles [tokens, PAD] in a flat tuple in the order chunk, part. Out: bytes in the tier's two planes. Meaning:
 reference.quantize and pack, of whose clip candidates four are tried at once here. CUTS, a tuple of
@@ -11,23 +11,20 @@ import triton.language as tl
 
 from kvsplice_kernels.latents import divide, fast_reciprocal, reciprocal
 from kvsplice_kernels.packing import (
-    CLIP_COUNT_2,
-    CLIP_COUNT_4,
-    CLIP_STEP_2,
-    CLIP_STEP_4,
     INTERPRETED,
     code_offsets,
     round_even,
+    scale_code,
+    scale_of,
     scale_ptrs,
     to_float,
-    to_fp16,
 )
 from kvsplice_kernels.plan import (
     chunk_col,
     chunk_pad,
     chunk_width,
     codes_offset,
-    has_zero,
+    middle,
     num_chunks,
     num_parts,
     scale_offset,
@@ -36,7 +33,11 @@ from kvsplice_kernels.plan import (
     tier_start,
 )
 
-TOGETHER = tl.constexpr(4)  # clip candidates whose errors one reduction sums; divides both counts
+# Clip candidates by bit width, reference.CLIP_FIRST and CLIP_COUNT.
+CLIP_FIRST_2 = tl.constexpr(3)
+CLIP_COUNT_4 = tl.constexpr(4)
+CLIP_COUNT_2 = tl.constexpr(8)
+TOGETHER = tl.constexpr(4)  # candidates whose errors one reduction sums; divides both counts
 MANY_ROWS = 64  # tokens of a tile from which padding costs more than reductions across warps
 
 
@@ -98,14 +99,7 @@ def part_dims(i: tl.constexpr, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.con
     return tier_start(PLAN, t) + i * tier_row(PLAN, t) + cut_col(CUTS, c) + tl.arange(0, cut_pad(CUTS, c))
 
 
-# ---------------------------------------------------------------- scale and zero point
-
-
-@triton.jit
-def _low_high(low_a, high_a, low_b, high_b):
-    return tl.minimum(low_a, low_b), tl.maximum(high_a, high_b)
-
-
+# ---------------------------------------------------------------- scale
 @triton.jit
 def _add_four(a0, a1, a2, a3, b0, b1, b2, b3):
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3
@@ -121,38 +115,17 @@ def _own(tile, fill, CUTS: tl.constexpr, c: tl.constexpr):
 
 
 @triton.jit
-def _range_of(z, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.constexpr):
-    """Least and greatest latent [tokens] of a tier."""
+def _greatest_magnitude(z, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.constexpr):
+    """max |latent| [tokens] of a tier; padding columns hold zeros."""
     for c in tl.static_range(num_cuts(CUTS)):
-        low, high = z[c * num_parts(PLAN, t)], z[c * num_parts(PLAN, t)]
+        tile = tl.abs(z[c * num_parts(PLAN, t)])
         for i in tl.static_range(1, num_parts(PLAN, t)):
-            low = tl.minimum(low, z[c * num_parts(PLAN, t) + i])
-            high = tl.maximum(high, z[c * num_parts(PLAN, t) + i])
-        both = (_own(low, float("inf"), CUTS, c), _own(high, float("-inf"), CUTS, c))
-        row_low, row_high = tl.reduce(both, 1, _low_high)
+            tile = tl.maximum(tile, tl.abs(z[c * num_parts(PLAN, t) + i]))
         if c == 0:
-            least, greatest = row_low, row_high
+            greatest = tl.max(tile, 1)
         else:
-            least, greatest = tl.minimum(least, row_low), tl.maximum(greatest, row_high)
-    return least, greatest
-
-
-@triton.jit
-def _greatest_magnitude(z, CUTS: tl.constexpr):
-    """max |latent| [tokens] of an 8-bit tier; padding columns hold zeros."""
-    greatest = tl.max(tl.abs(z[0]), 1)
-    for c in tl.static_range(1, num_cuts(CUTS)):
-        greatest = tl.maximum(greatest, tl.max(tl.abs(z[c]), 1))
+            greatest = tl.maximum(greatest, tl.max(tile, 1))
     return greatest
-
-
-@triton.jit
-def _candidate(middle, half, SHARE: tl.constexpr, HIGH: tl.constexpr):
-    """fp16 (scale, zero) [tokens] of a range shrunk to SHARE, as fp32, and 1 / scale."""
-    shrunk = half * SHARE
-    scale = to_fp16(divide(2.0 * shrunk, HIGH)).to(tl.float32)
-    zero = to_fp16(middle - shrunk).to(tl.float32)
-    return scale, zero, fast_reciprocal(scale)
 
 
 @triton.jit
@@ -167,32 +140,27 @@ def _share(z, a, b):
 
 
 @triton.jit
-def _squares(
-    z, zero, inverse, HIGH: tl.constexpr, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.constexpr, c: tl.constexpr
-):
+def _squares(z, inverse, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.constexpr, c: tl.constexpr):
     """Squared rounding and clipping errors of one candidate, in units of scale**2, the parts of a chunk added up."""
     shape: tl.constexpr = z[c * num_parts(PLAN, t)].shape
-    shift = -zero * inverse
-    a, b = tl.broadcast_to(inverse[:, None], shape), tl.broadcast_to(shift[:, None], shape)
-    share_a, share_b = (
-        tl.broadcast_to((inverse * (1.0 / HIGH))[:, None], shape),
-        tl.broadcast_to((shift * (1.0 / HIGH))[:, None], shape),
-    )
+    HIGH: tl.constexpr = 2 * middle(PLAN, t)
+    a, share = tl.broadcast_to(inverse[:, None], shape), tl.broadcast_to((inverse * (1.0 / HIGH))[:, None], shape)
+    half, zero_code = tl.full(shape, 0.5, tl.float32), tl.full(shape, middle(PLAN, t), tl.float32)
     total = tl.zeros(shape, tl.float32)
     for i in tl.static_range(num_parts(PLAN, t)):
         latent = z[c * num_parts(PLAN, t) + i]
-        off = round_even(_share(latent, share_a, share_b) * HIGH) - tl.fma(latent, a, b)
+        off = round_even(_share(latent, share, half) * HIGH) - tl.fma(latent, a, zero_code)
         total += off * off
     return _own(total, 0.0, CUTS, c)
 
 
 @triton.jit
-def _errors(z, zeros, inverses, HIGH: tl.constexpr, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.constexpr):
+def _errors(z, inverses, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.constexpr):
     """Squared errors [tokens] of TOGETHER candidates, in units of their scale**2."""
     for c in tl.static_range(num_cuts(CUTS)):
         squares = ()
         for k in tl.static_range(TOGETHER):
-            squares = squares + (_squares(z, zeros[k], inverses[k], HIGH, PLAN, t, CUTS, c),)
+            squares = squares + (_squares(z, inverses[k], PLAN, t, CUTS, c),)
         s0, s1, s2, s3 = tl.reduce(squares, 1, _add_four)
         if c == 0:
             e0, e1, e2, e3 = s0, s1, s2, s3
@@ -202,63 +170,46 @@ def _errors(z, zeros, inverses, HIGH: tl.constexpr, PLAN: tl.constexpr, t: tl.co
 
 
 @triton.jit
-def _clip_search(z, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.constexpr):
-    """Scale and zero point [tokens] fp32, of the candidate with the least squared error; the first of equals."""
-    HIGH: tl.constexpr = (1 << tier_bits(PLAN, t)) - 1
-    COUNT: tl.constexpr = CLIP_COUNT_4 if tier_bits(PLAN, t) == 4 else CLIP_COUNT_2
-    STEP: tl.constexpr = CLIP_STEP_4 if tier_bits(PLAN, t) == 4 else CLIP_STEP_2
-    low, high = _range_of(z, PLAN, t, CUTS)
-    middle, half = (low + high) * 0.5, (high - low) * 0.5
-    for first in tl.static_range(0, COUNT, TOGETHER):
-        scales, zeros, inverses = (), (), ()
+def _clip_search(z, covers, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.constexpr):
+    """Scale byte [tokens] int32 of the candidate with the least squared error; the first of equals."""
+    FIRST: tl.constexpr = CLIP_FIRST_2 if tier_bits(PLAN, t) == 2 else 0
+    COUNT: tl.constexpr = CLIP_COUNT_2 if tier_bits(PLAN, t) == 2 else CLIP_COUNT_4
+    for first in tl.static_range(FIRST, FIRST + COUNT, TOGETHER):
+        codes, inverses = (), ()
         for k in tl.static_range(TOGETHER):
-            scale, zero, inverse = _candidate(middle, half, 1.0 - (first + k) * STEP, HIGH)
-            scales, zeros, inverses = scales + (scale,), zeros + (zero,), inverses + (inverse,)
-        errors = _errors(z, zeros, inverses, HIGH, PLAN, t, CUTS)
+            code = tl.maximum(covers - (first + k), 0)
+            codes, inverses = codes + (code,), inverses + (fast_reciprocal(scale_of(code)),)
+        errors = _errors(z, inverses, PLAN, t, CUTS)
         for k in tl.static_range(TOGETHER):
-            # NaN for a zero scale, which is never better; and if the first is NaN, all are.
-            error = errors[k] * scales[k] * scales[k]
-            if first + k == 0:
-                best, best_scale, best_zero = error, scales[0], zeros[0]
+            error = errors[k] * scale_of(codes[k]) * scale_of(codes[k])
+            if first + k == FIRST:
+                least, best = error, codes[0]
             else:
-                better = error < best
-                best = tl.where(better, error, best)
-                best_scale, best_zero = tl.where(better, scales[k], best_scale), tl.where(better, zeros[k], best_zero)
-    return best_scale, best_zero
+                best = tl.where(error < least, codes[k], best)
+                least = tl.minimum(error, least)
+    return best
 
 
 @triton.jit
-def scale_and_zero(z, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.constexpr):
-    """fp32 numbers that fp16 holds, [tokens]: absolute maximum at 8 bits, else the clip search."""
+def _best_scale(z, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.constexpr):
+    """Scale byte [tokens] int32: the one that covers the row at 8 bits, else the clip search's."""
+    greatest = _greatest_magnitude(z, PLAN, t, CUTS)
     if tier_bits(PLAN, t) == 8:
-        scale = to_fp16(divide(_greatest_magnitude(z, CUTS), 127.0)).to(tl.float32)
-        return scale, tl.zeros(scale.shape, tl.float32)
+        return scale_code(divide(greatest, 127.0))
     else:
-        return _clip_search(z, PLAN, t, CUTS)
+        return _clip_search(z, scale_code(divide(greatest, middle(PLAN, t))), PLAN, t, CUTS)
 
 
 @triton.jit
-def _store_scale(scale, zero, page, row, kept, PLAN: tl.constexpr, t: tl.constexpr):
-    ptrs = scale_ptrs(page, row, PLAN, t)
-    if has_zero(PLAN, t):  # (zero point, scale) as one word
-        low = zero.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        word = low | (scale.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
-        tl.store((ptrs - 1).to(tl.pointer_type(tl.int32)), word, mask=kept)
-    else:
-        tl.store(ptrs, scale.to(tl.float16), mask=kept)
-
-
-@triton.jit
-def _code(z, scale, inverse, zero, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """Nearest code of z [tokens, dims], ties to even, in the lowest byte of an int32; scale, inverse, zero [tokens]."""
-    z -= zero[:, None]
+def _code(z, scale, inverse, MIDDLE: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """Nearest code of z [tokens, dims], ties to even, in the lowest byte of an int32; scale, inverse [tokens]."""
     code = z * inverse[:, None]
     if INTERPRETED:  # whose fma rounds twice
-        code = tl.where((inverse > 0)[:, None], tl.div_rn(z, tl.where(inverse > 0, scale, 1.0)[:, None] + z * 0.0), 0.0)
+        code = tl.div_rn(z, scale[:, None] + z * 0.0)
     else:  # one step of Newton's method makes it the correctly rounded quotient
         remainder = tl.fma(-code, tl.broadcast_to(scale[:, None], z.shape), z)
         code = tl.fma(remainder, tl.broadcast_to(inverse[:, None], z.shape), code)
-    code = tl.minimum(tl.maximum(code, LOW), HIGH)
+    code = tl.minimum(tl.maximum(code + MIDDLE, LOW), HIGH)
     return (code + 12582912.0).to(
         tl.int32, bitcast=True
     )  # 1.5 * 2**23 leaves no bits for a fraction, its low byte is 0
@@ -269,7 +220,6 @@ def _store_chunk(
     z,
     scale,
     inverse,
-    zero,
     page,
     row,
     kept,
@@ -294,7 +244,7 @@ def _store_chunk(
         HIGH: tl.constexpr = 127 if tier_bits(PLAN, t) == 8 else (1 << tier_bits(PLAN, t)) - 1
         packed = tl.zeros(z[c * num_parts(PLAN, t)].shape, tl.int32)
         for i in tl.static_range(num_parts(PLAN, t)):
-            code = _code(z[c * num_parts(PLAN, t) + i], scale, inverse, zero, LOW, HIGH)
+            code = _code(z[c * num_parts(PLAN, t) + i], scale, inverse, middle(PLAN, t), LOW, HIGH)
             packed = packed | ((code & ((1 << tier_bits(PLAN, t)) - 1)) << (i * tier_bits(PLAN, t)))
         tl.store(ptrs, packed.to(tl.uint8), mask=mask)
 
@@ -302,10 +252,11 @@ def _store_chunk(
 @triton.jit
 def store_tier(z, page, row, kept, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.constexpr, WIDE: tl.constexpr):
     """Quantise a tier's tiles and store them at rows [tokens] of pages [tokens], where ``kept``."""
-    scale, zero = tl.zeros(row.shape, tl.float32), tl.zeros(row.shape, tl.float32)
+    scale = tl.full(row.shape, 1.0, tl.float32)
     if scale_offset(PLAN, t) >= 0:
-        scale, zero = scale_and_zero(z, PLAN, t, CUTS)
-        _store_scale(scale, zero, page, row, kept, PLAN, t)
+        code = _best_scale(z, PLAN, t, CUTS)
+        tl.store(scale_ptrs(page, row, PLAN, t), code.to(tl.uint8), mask=kept)
+        scale = scale_of(code)
     inverse = reciprocal(scale)
     for c in tl.static_range(num_cuts(CUTS)):
-        _store_chunk(z, scale, inverse, zero, page, row, kept, PLAN, t, CUTS, c, WIDE)
+        _store_chunk(z, scale, inverse, page, row, kept, PLAN, t, CUTS, c, WIDE)

@@ -130,15 +130,13 @@ def copy_gb_s() -> float:
 
 
 def make_cache(num_blocks: int, block_size: int) -> torch.Tensor:
-    """Random codes with finite scales."""
+    """Random codes with scales of 2**-6."""
     shape = (num_blocks, H, block_size, LAYOUT.bytes_per_token_head)
     cache = torch.empty(shape, dtype=torch.uint8, device="cuda").random_(0, 256)
-    number = torch.tensor([0.02], dtype=torch.float16, device="cuda").view(torch.uint8)
     for side in ("k", "v"):
         for tier in LAYOUT.plan(side, block_size):
             if tier.bits < 16:
-                numbers = 1 if tier.bits == 8 else 2
-                reference._plane(cache, tier.scale_offset, 2 * numbers)[:] = number.repeat(numbers)
+                reference.scale_plane(cache, tier)[:] = int(reference.scale_code(torch.tensor(2.0**-6)))
     return cache
 
 

@@ -61,6 +61,7 @@ with interpreter():
         packing,
         pdl,
         project_query,
+        quantize,
         reduce_expand,
         write_and_project,
     )
@@ -100,7 +101,8 @@ ATTENTION = {
     "more-splits-than-tiles": Case(seq_lens=(1, 15, 16, 17), query_lens=(1, 1, 1, 1), splits=7),
     "near-lossless-64": Case(k=A8_4, v=A8_4, seq_lens=(90,), query_lens=(1,)),
     "near-lossless-128": Case(head_dim=128, k=((8, 32), (4, 96)), v=((8, 32), (4, 96)), group=7, num_kv_heads=1),
-    "balanced-128": Case(head_dim=128, k=((4, 128),), v=((4, 80), (2, 48)), num_kv_heads=1, seq_lens=(90, 3)),
+    "balanced-128": Case(head_dim=128, k=((8, 16), (4, 80), (2, 32)), v=((8, 32), (4, 32), (2, 64)), num_kv_heads=1,
+                         seq_lens=(90, 3)),
     "max-128": Case(head_dim=128, k=((4, 64), (2, 64)), v=((4, 64), (2, 64)), num_kv_heads=1, seq_lens=(90, 3)),
     "four-tiers-not-powers-of-two": Case(
         head_dim=80, k=((16, 8), (8, 24), (4, 24), (2, 24)), v=((16, 16), (8, 8), (4, 40), (2, 16)), block_size=48,

@@ -17,11 +17,10 @@ def test_matches_reference(name: str) -> None:
 
 
 def test_clip_search_is_the_reference_s() -> None:
-    ours = {
-        4: (cases.packing.CLIP_COUNT_4.value, cases.packing.CLIP_STEP_4.value),
-        2: (cases.packing.CLIP_COUNT_2.value, cases.packing.CLIP_STEP_2.value),
-    }
-    assert ours == reference.CLIP_SEARCH
+    first = {8: 0, 4: 0, 2: cases.quantize.CLIP_FIRST_2.value}
+    count = {8: 1, 4: cases.quantize.CLIP_COUNT_4.value, 2: cases.quantize.CLIP_COUNT_2.value}
+    assert (first, count) == (reference.CLIP_FIRST, reference.CLIP_COUNT)
+    assert cases.packing.LEAST_EXPONENT.value == reference.LEAST_EXPONENT
 
 
 @pytest.mark.parametrize(("bits", "dims"), [(8, 64), (4, 64), (2, 64)])
@@ -51,10 +50,8 @@ def test_rounding_has_no_bias(bits: int) -> None:
     blocks = batch.block_table[0, :4].long()
     (plan,) = batch.plan("v")
     got = reference.read_side(batch.kv_cache, (plan,), blocks, torch.float64, batch.wide_dtype)[:, :60].transpose(0, 1)
-    scale = reference._plane(batch.kv_cache, plan.scale_offset, 2 if bits == 8 else 4)[blocks].contiguous()
-    scale = scale.view(torch.float16)[..., -1:]
-    step = scale.double().transpose(0, 1).flatten(1, 2)[:, :60].transpose(0, 1)
-    off = (got - z) / step
+    scale = reference.scale_of(reference.scale_plane(batch.kv_cache, plan)[blocks], torch.float64)
+    off = (got - z) / scale.transpose(0, 1).flatten(1)[:, :60].T[..., None]
     inside = off.abs() < 0.51  # not clipped
     assert inside.double().mean() > 0.9
     assert (off[inside] * z[inside].sign()).mean().abs() < 0.02

@@ -51,11 +51,11 @@ def path(tmp_path):
 
 def test_bytes_and_ratios(path):
     facts = inspect(path)
-    assert facts["bytes_per_token_head"] == pytest.approx((74 + 74 + 194) / 3)
-    assert facts["ratio"] == {"k": 3 * 128 / (46 + 46 + 128), "v": 3 * 128 / (28 + 28 + 66), "kv": 6 * 128 / 342}
-    assert [layer["bytes_per_token_head"] for layer in facts["layers"]] == [74, 74, 194]
+    assert facts["bytes_per_token_head"] == pytest.approx((67 + 67 + 193) / 3)
+    assert facts["ratio"] == {"k": 3 * 128 / (42 + 42 + 128), "v": 3 * 128 / (25 + 25 + 65), "kv": 6 * 128 / 327}
+    assert [layer["bytes_per_token_head"] for layer in facts["layers"]] == [67, 67, 193]
     assert facts["layers"][0]["k"] == [[8, 16], [4, 48]] and facts["layers"][0]["v"] == [[4, 48], [0, 16]]
-    assert facts["layers"][2]["ratio"] == {"k": 1.0, "v": 128 / 66, "kv": 256 / 194}
+    assert facts["layers"][2]["ratio"] == {"k": 1.0, "v": 128 / 65, "kv": 256 / 193}
 
 
 def test_fingerprint_and_provenance(path):
@@ -68,13 +68,13 @@ def test_fingerprint_and_provenance(path):
 
 def test_table_names_the_numbers(path):
     text = inspect_table(inspect(path))
-    for part in (SHAPE.digest, "novel.txt", "4,096 tokens", "K+V 2.25 x", "16 x 8 bit + 48 x 4 bit", "kvsplice 0.0.9"):
+    for part in (SHAPE.digest, "novel.txt", "4,096 tokens", "K+V 2.35 x", "16 x 8 bit + 48 x 4 bit", "kvsplice 0.0.9"):
         assert part in text
 
 
 def test_layers_without_a_projector_count_as_dense():
     layouts = served_layouts(projector({1: MIXED}), SHAPE)
-    assert [layouts[i].bytes_per_token_head for i in range(3)] == [256, 74, 256]
+    assert [layouts[i].bytes_per_token_head for i in range(3)] == [256, 67, 256]
     assert [layer["compressed"] for layer in describe(projector({1: MIXED}), SHAPE, None)["layers"]] == [
         False,
         True,
@@ -84,8 +84,8 @@ def test_layers_without_a_projector_count_as_dense():
 
 def test_no_projector_is_the_int8_default():
     facts = describe(None, SHAPE, None)
-    assert facts["preset"] == "int8" and facts["bytes_per_token_head"] == 132
-    assert facts["ratio"]["kv"] == pytest.approx(256 / 132)
+    assert facts["preset"] == "int8" and facts["bytes_per_token_head"] == 130
+    assert facts["ratio"]["kv"] == pytest.approx(256 / 130)
 
 
 def test_summary_counts_layers_where_they_differ():

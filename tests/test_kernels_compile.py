@@ -25,6 +25,8 @@ ARCHS = (80, 90, 100)
 # id -> (head_dim, K tiers, V tiers, wide dtype, group, block size, soft cap, window)
 CASES = {
     "near-lossless-128": (128, [(8, 32), (4, 96)], [(8, 32), (4, 96)], torch.bfloat16, 7, 16, None, None),
+    "balanced-128": (128, [(8, 16), (4, 80), (2, 32)], [(8, 32), (4, 32), (2, 64)], torch.bfloat16, 7, 16, None, None),
+    "max-128": (128, [(4, 64), (2, 64)], [(4, 64), (2, 64)], torch.bfloat16, 7, 16, None, None),
     "int8-64": (64, [(8, 64)], [(8, 64)], torch.bfloat16, 3, 64, None, None),
     "v-only-128": (128, [(16, 128)], [(8, 96), (0, 32)], torch.bfloat16, 4, 16, None, None),
     "mixed-256": (256, [(8, 64), (4, 160), (2, 32)], [(4, 128), (2, 128)], torch.bfloat16, 8, 528, 50.0, 4096),
@@ -109,11 +111,11 @@ def launches_of(name: str) -> Iterator[tuple[str, Launch]]:
     out = torch.empty(1024, H, head_dim, dtype=wide)
     args = (cache, plans[1], table, lens, starts, decode[1], mean, out, 512, wide)
     yield from named("context", record(lambda: fused_expand.expand_cached(*args)))
-    scale = torch.empty(1024, H, dtype=torch.float16)
+    scale = torch.empty(1024, H, dtype=torch.uint8)
     codes = torch.empty(1024, H, ranks[1], dtype=torch.int8)
     packed = torch.empty(1024, H, ranks[1] // 2, dtype=torch.uint8)
     yield from named("int8", record(lambda: fused_expand.fused_expand_int8(codes, scale, decode[1], mean, out)))
-    yield from named("int4", record(lambda: fused_expand.fused_expand_int4(packed, scale, scale, decode[1], mean, out)))
+    yield from named("int4", record(lambda: fused_expand.fused_expand_int4(packed, scale, decode[1], mean, out)))
 
 
 def named(label: str, launches: list[Launch]) -> Iterator[tuple[str, Launch]]:

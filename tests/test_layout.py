@@ -12,16 +12,16 @@ NEAR_LOSSLESS = [(8, 32), (4, 96)]
 @pytest.mark.parametrize(
     ("head_dim", "k", "v", "k_bytes", "v_bytes"),
     [
-        pytest.param(128, NEAR_LOSSLESS, NEAR_LOSSLESS, 86, 86, id="near_lossless: 32+48 codes, 2+4 scales"),
-        pytest.param(64, [(8, 16), (4, 48)], [(8, 16), (4, 48)], 46, 46, id="near_lossless at 64"),
-        pytest.param(128, [(8, 128)], [(8, 128)], 130, 130, id="int8"),
-        pytest.param(64, [(8, 64)], [(8, 64)], 66, 66, id="int8 at 64"),
-        pytest.param(128, [(16, 128)], NEAR_LOSSLESS, 256, 86, id="v_only"),
+        pytest.param(128, NEAR_LOSSLESS, NEAR_LOSSLESS, 82, 82, id="near_lossless: 32+48 codes, 1+1 scales"),
+        pytest.param(64, [(8, 16), (4, 48)], [(8, 16), (4, 48)], 42, 42, id="near_lossless at 64"),
+        pytest.param(128, [(8, 128)], [(8, 128)], 129, 129, id="int8"),
+        pytest.param(64, [(8, 64)], [(8, 64)], 65, 65, id="int8 at 64"),
+        pytest.param(128, [(16, 128)], NEAR_LOSSLESS, 256, 82, id="v_only"),
         pytest.param(128, [(16, 128)], [(16, 96), (0, 32)], 256, 192, id="orthogonal: rank cut at 16 bits"),
-        pytest.param(128, [(16, 128)], [(8, 96), (0, 32)], 256, 98, id="orthogonal_int8"),
-        pytest.param(128, [(16, 128)], [(4, 96), (0, 32)], 256, 52, id="orthogonal_int4"),
-        pytest.param(128, [(8, 16), (4, 80), (2, 32)], [(4, 64), (2, 64)], 74, 56, id="three tiers, two-bit tails"),
-        pytest.param(80, [(8, 24), (4, 56)], [(8, 40), (0, 40)], 58, 42, id="head_dim 80, rank 40"),
+        pytest.param(128, [(16, 128)], [(8, 96), (0, 32)], 256, 97, id="orthogonal_int8"),
+        pytest.param(128, [(16, 128)], [(4, 96), (0, 32)], 256, 49, id="orthogonal_int4"),
+        pytest.param(128, [(8, 16), (4, 80), (2, 32)], [(4, 64), (2, 64)], 67, 50, id="three tiers, two-bit tails"),
+        pytest.param(80, [(8, 24), (4, 56)], [(8, 40), (0, 40)], 54, 41, id="head_dim 80, rank 40"),
     ],
 )
 def test_bytes_per_token_and_head(head_dim, k, v, k_bytes, v_bytes):
@@ -33,13 +33,13 @@ def test_bytes_per_token_and_head(head_dim, k, v, k_bytes, v_bytes):
 
 def test_plane_offsets_of_a_16_token_page():
     layout = LatentLayout.of(128, NEAR_LOSSLESS, [(8, 64), (2, 32), (0, 32)])
-    assert layout.plan("k", 16) == (TierPlan(8, 32, 0, 0, 1280, 16, False), TierPlan(4, 96, 32, 512, 1312, 16, False))
-    # V starts after 16 * 86 bytes of K: 64 * 16 codes, 8 * 16 codes, then scales, then (zero, scale) pairs
+    assert layout.plan("k", 16) == (TierPlan(8, 32, 0, 0, 1280, 16, False), TierPlan(4, 96, 32, 512, 1296, 16, False))
+    # V starts after 16 * 82 bytes of K: 64 * 16 codes, 8 * 16 codes, then the scales of both
     assert layout.plan("v", 16) == (
-        TierPlan(8, 64, 0, 1376, 2528, 16, True),
-        TierPlan(2, 32, 64, 2400, 2560, 16, True),
+        TierPlan(8, 64, 0, 1312, 2464, 16, True),
+        TierPlan(2, 32, 64, 2336, 2480, 16, True),
     )
-    assert layout.page_bytes(16) == 2624 == 2560 + 64
+    assert layout.page_bytes(16) == 2496 == 2480 + 16
 
 
 @pytest.mark.parametrize("block_size", [16, 48, 528])
@@ -51,7 +51,7 @@ def test_planes_tile_the_page_without_gap_on_16_bytes(block_size, k):
         for t in layout.plan(side, block_size):
             spans.append((t.codes_offset, block_size * t.dims * t.bits // 8))
             if t.bits < 16:
-                spans.append((t.scale_offset, block_size * (2 if t.bits == 8 else 4)))
+                spans.append((t.scale_offset, block_size))
     end = 0
     for offset, size in sorted(spans):
         assert offset == end and offset % 16 == 0
@@ -61,9 +61,9 @@ def test_planes_tile_the_page_without_gap_on_16_bytes(block_size, k):
 
 def test_ratios_are_all_in_and_per_side():
     layout = LatentLayout.of(128, [(16, 128)], NEAR_LOSSLESS)
-    assert ratios([layout]) == (1.0, 256 / 86, 512 / 342)
+    assert ratios([layout]) == (1.0, 256 / 82, 512 / 338)
     other = LatentLayout.of(128, [(8, 128)], [(8, 128)])
-    assert ratios([layout, other]).kv == 1024 / (342 + 260)
+    assert ratios([layout, other]).kv == 1024 / (338 + 258)
 
 
 def test_json_round_trip():

@@ -56,7 +56,7 @@ def test_round_trip_keeps_every_number(projector, good):
         for side in ("k", "v"):
             for part in ("encode", "decode", "mean", "sigma"):
                 assert torch.equal(getattr(loaded.layers[i].side(side), part), getattr(layer.side(side), part))
-    assert loaded.bytes_per_token_head == (26 + 18 + 34 + 20) / 2
+    assert loaded.bytes_per_token_head == (22 + 17 + 33 + 17) / 2
 
 
 def test_equal_projectors_give_equal_bytes(projector, good, tmp_path):
@@ -90,7 +90,7 @@ def test_hadamard_is_orthogonal_and_spreads(n):
 
 def test_default_layer_is_lossless_but_for_eight_bits():
     layer = default_layer(96, 2)
-    assert layer.layout.bytes_per_token_head == 196
+    assert layer.layout.bytes_per_token_head == 194
     torch.testing.assert_close(layer.k.decode @ layer.k.encode, torch.eye(96).expand(2, -1, -1), atol=1e-6, rtol=0)
 
 

@@ -9,8 +9,8 @@ over the block's tokens:
 
 A tier's codes are cut into runs of a power of two of elements (``runs``), each a plane of its own, so that 16 tokens of a
 run are one stretch of bytes without gaps: copies of odd row lengths cost GPUs half their bandwidth. Runs of 16 bytes of V
-hold the tokens t and t + 8 of each 16 side by side (``unit_of``). A scale plane holds one fp16 number per token at 8 bits,
-and a (zero point, scale) pair, read as one word, at 4 and 2.
+hold the tokens t and t + 8 of each 16 side by side (``unit_of``). A scale plane holds one byte per token
+(``reference.scale_of``).
 
 A block size that is a multiple of 16 puts every plane on a 16-byte boundary. Kernels, cache spec and projector file
 all take their numbers from here.
@@ -29,15 +29,15 @@ BIT_WIDTHS = (16, 8, 4, 2, 0)
 BLOCK_MULTIPLE = 16  # tokens: puts every plane on 16 bytes, whatever the bytes per token
 TIER_MULTIPLE = 8  # dimensions: whole 16-bit words for 2-bit codes
 MAX_HEAD_DIM = 512
-_SCALE_BYTES = {16: 0, 8: 2, 4: 4, 2: 4, 0: 0}  # one fp16 scale at 8 bits; scale and zero point, both fp16, at 4 and 2
+SCALE_BITS = (8, 4, 2)  # tiers of these widths have a scale, of one byte, for each token
 
 
 @dataclass(frozen=True)
 class Tier:
     """``dims`` consecutive latent dimensions stored with ``bits`` bits each.
 
-    16 bits is the model's own 16-bit float, 8 bits a symmetric int8 with one fp16 scale per token, 4 and 2 bits are
-    unsigned codes with one fp16 scale and one fp16 zero point per token. 0 bits: dropped, decoded as zero.
+    16 bits is the model's own 16-bit float; 8, 4 and 2 bits are codes with one scale per token, symmetric around zero.
+    0 bits: dropped, decoded as zero.
     """
 
     bits: int
@@ -50,8 +50,8 @@ class Tier:
 
     @property
     def scale_bytes(self) -> int:
-        """Bytes of scale and zero point per token and head."""
-        return _SCALE_BYTES[self.bits]
+        """Bytes of scale per token and head."""
+        return int(self.bits in SCALE_BITS)
 
 
 class TierPlan(NamedTuple):
@@ -124,7 +124,7 @@ class LatentLayout:
         return sum(t.dims for t in self.tiers(side) if t.bits)
 
     def side_bytes(self, side: Side) -> int:
-        """All-in bytes per token and KV head of a side: codes, scales and zero points."""
+        """All-in bytes per token and KV head of a side: codes and scales."""
         return sum(t.code_bytes + t.scale_bytes for t in self.tiers(side))
 
     @property

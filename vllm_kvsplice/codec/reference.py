@@ -16,10 +16,13 @@ from torch import Tensor
 
 from vllm_kvsplice.codec.layout import PAIRED_RUN, LatentLayout, Side, TierPlan, runs, unit_of
 
-# Clip candidates of 4- and 2-bit tiers: (count, step). The range of a token's codes is shrunk by 1, 1 - step, ... and
-# the one with the least squared error is kept. At 8 bits and more clipping never wins on rotated latents.
-CLIP_SEARCH = {4: (4, 0.06), 2: (8, 0.08)}
-FP16_MAX = 65504.0
+# A scale is one byte: 5 bits of exponent and 3 of mantissa, without sign, zero, infinities or NaN. Whatever lies in memory
+# is a finite scale, and one step of the code is 7 to 13 % of it. (NVFP4 and MX store their block scales in 8 bits as well,
+# https://arxiv.org/abs/2310.10537.)
+LEAST_EXPONENT = -18  # scales from 2**-18 to 1.875 * 2**13
+# Clip candidates: scales CLIP_FIRST .. CLIP_FIRST + CLIP_COUNT - 1 steps of the code below the one that covers the row; the one
+# with the least squared error is kept. At 8 bits clipping never wins on rotated latents; at 2 covering never does.
+CLIP_FIRST, CLIP_COUNT = {8: 0, 4: 0, 2: 3}, {8: 1, 4: 4, 2: 8}
 
 
 # ---------------------------------------------------------------- latents
@@ -50,46 +53,56 @@ def project_query(query: Tensor, decode: Tensor, mean: Tensor) -> tuple[Tensor, 
 
 
 # ---------------------------------------------------------------- codes
-def quantize(z: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def middle(bits: int) -> float:
+    """The code, or half-way point between two codes, that stands for zero: levels lie symmetrically around it."""
+    return 0.0 if bits == 8 else (2**bits - 1) / 2
+
+
+def scale_of(scale_code: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Scale bytes [...] uint8 -> scales: 2**(code // 8 + LEAST_EXPONENT) * (1 + code % 8 / 8)."""
+    code = scale_code.to(torch.int32)
+    bits = (code << 20) + ((127 + LEAST_EXPONENT) << 23)  # of the fp32 number
+    return bits.view(torch.float32).to(dtype)
+
+
+def scale_code(scale: Tensor) -> Tensor:
+    """The least scale that is not below ``scale`` [...], as a byte, uint8; the greatest where there is none."""
+    bits = scale.to(torch.float32).contiguous().view(torch.int32)
+    code = ((bits + 0xFFFFF) >> 20) - ((127 + LEAST_EXPONENT) << 3)
+    return code.clamp(0, 255).to(torch.uint8)
+
+
+def quantize(z: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Quantise one tier, each row (token, head) by itself.
 
     Args:
         z: [..., dims] latents of the tier, fp32 or fp64. bits: 8, 4 or 2.
     Returns:
-        codes [..., dims] (int8 in [-127, 127] at 8 bits, else uint8 in [0, 2**bits - 1]), scale [...] fp16, and zero
-        [...] fp16 (None at 8 bits). Codes are rounded to nearest with the scale as stored, so that decoding is exact
-        about what was kept.
+        codes [..., dims] (int8 in [-127, 127] at 8 bits, else uint8 in [0, 2**bits - 1]) and scale bytes [...] uint8.
+        Codes are rounded to nearest with the scale as stored, so that decoding is exact about what was kept.
     """
-    if bits == 8:
-        scale = _to_fp16(z.abs().amax(-1) / 127.0)
-        return _round_codes(z, scale, None, -127, 127).to(torch.int8), scale, None
-    top = 2**bits - 1
-    low, high = z.amin(-1), z.amax(-1)
-    middle, half = (low + high) / 2, (high - low) / 2
-    count, step = CLIP_SEARCH[bits]
+    low, high = (-127, 127) if bits == 8 else (0, 2**bits - 1)
+    covers = scale_code(z.abs().amax(-1) / (high - middle(bits))).to(torch.int32)
     best: tuple[Tensor, ...] | None = None
-    for i in range(count):
-        shrunk = half * (1.0 - i * step)
-        scale, zero = _to_fp16(2.0 * shrunk / top), _to_fp16(middle - shrunk)
-        codes = _round_codes(z, scale, zero, 0, top)
-        error = (codes * scale.to(z.dtype)[..., None] + zero.to(z.dtype)[..., None] - z).square().sum(-1)
+    for i in range(CLIP_FIRST[bits], CLIP_FIRST[bits] + CLIP_COUNT[bits]):
+        scale = (covers - i).clamp_min(0).to(torch.uint8)
+        codes = (z / scale_of(scale, z.dtype)[..., None] + middle(bits)).round().clamp(low, high)
+        error = (dequantize(codes, scale, bits, z.dtype) - z).square().sum(-1)
         if best is None:
-            best = error, codes, scale, zero
+            best = error, codes, scale
         else:
             better = error < best[0]
-            pick = [error, codes, scale, zero]
             best = tuple(
                 torch.where(better[..., None] if a.dim() > better.dim() else better, a, b)
-                for a, b in zip(pick, best, strict=True)
+                for a, b in zip((error, codes, scale), best, strict=True)
             )
     assert best is not None
-    return best[1].to(torch.uint8), best[2], best[3]
+    return best[1].to(torch.int8 if bits == 8 else torch.uint8), best[2]
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Codes [..., dims] with scale and zero [...] -> latents [..., dims] in ``dtype``."""
-    z = codes.to(dtype) * scale.to(dtype)[..., None]
-    return z if zero is None else z + zero.to(dtype)[..., None]
+def dequantize(codes: Tensor, scale: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Codes [..., dims] with scale bytes [...] -> latents [..., dims] in ``dtype``: (code - middle) * scale."""
+    return (codes.to(dtype) - middle(bits)) * scale_of(scale, dtype)[..., None]
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -125,7 +138,7 @@ def roundtrip(z: Tensor, layout: LatentLayout, side: Side, wide_dtype: torch.dty
         parts.append(
             part.to(wide_dtype).to(z.dtype)
             if tier.bits == 16
-            else dequantize(*quantize(part, tier.bits), dtype=z.dtype)
+            else dequantize(*quantize(part, tier.bits), tier.bits, z.dtype)
         )
         start += tier.dims
     return torch.cat(parts, dim=-1)
@@ -151,6 +164,11 @@ def _plane(kv_cache: Tensor, offset: int, bytes_per_token: int) -> Tensor:
     return page[..., offset : offset + block_size * bytes_per_token].unflatten(-1, (block_size, bytes_per_token))
 
 
+def scale_plane(kv_cache: Tensor, tier: TierPlan) -> Tensor:
+    """A tier's scale bytes in all pages: [num_blocks, H, block_size] uint8, a view."""
+    return _plane(kv_cache, tier.scale_offset, 1)[..., 0]
+
+
 def write_side(
     kv_cache: Tensor, z: Tensor, plan: tuple[TierPlan, ...], slot_mapping: Tensor, wide_dtype: torch.dtype
 ) -> None:
@@ -164,10 +182,9 @@ def write_side(
         if tier.bits == 16:
             stored = part.to(wide_dtype).contiguous().view(torch.uint8)
         else:
-            codes, scale, zero = quantize(part, tier.bits)
+            codes, scale = quantize(part, tier.bits)
             stored = pack(codes, tier.bits)
-            pair = torch.stack([scale] if zero is None else [zero, scale], dim=-1)
-            _plane(kv_cache, tier.scale_offset, 2 * pair.shape[-1])[block, :, row] = pair.view(torch.uint8)
+            scale_plane(kv_cache, tier)[block, :, row] = scale
         parts = stored.split(_run_bytes(tier), dim=-1)
         for (plane, units), part in zip(_code_planes(kv_cache, tier), parts, strict=True):
             plane[block, :, row if units is None else units[row]] = part
@@ -214,9 +231,8 @@ def read_side(
         if tier.bits == 16:
             parts.append(raw.view(wide_dtype).to(dtype))
             continue
-        pair = _plane(kv_cache, tier.scale_offset, 2 if tier.bits == 8 else 4)[block_ids].contiguous()
-        *zero, scale = pair.view(torch.float16).unbind(-1)
-        parts.append(dequantize(unpack(raw, tier.bits), scale, zero[0] if zero else None, dtype))
+        scale = scale_plane(kv_cache, tier)[block_ids]
+        parts.append(dequantize(unpack(raw, tier.bits), scale, tier.bits, dtype))
     z = torch.cat(parts, dim=-1)  # [n, H, block_size, rank]
     return z.transpose(0, 1).flatten(1, 2)
 
@@ -328,14 +344,3 @@ def paged_attention(
             )
             out[a:e] = torch.where(lse.isneginf()[..., None], 0.0, full)
     return out
-
-
-def _to_fp16(x: Tensor) -> Tensor:
-    return x.clamp(-FP16_MAX, FP16_MAX).to(torch.float16)
-
-
-def _round_codes(z: Tensor, scale: Tensor, zero: Tensor | None, low: int, high: int) -> Tensor:
-    """Nearest code, ties to even; a zero scale gives code 0."""
-    s = scale.to(z.dtype)[..., None]
-    shifted = z if zero is None else z - zero.to(z.dtype)[..., None]
-    return torch.where(s > 0, shifted / torch.where(s > 0, s, 1.0), 0.0).round().clamp(low, high)
