@@ -24,20 +24,23 @@ from kvsplice_kernels.operands import (
 from kvsplice_kernels.packing import dot, floor_power_of_two, scale_of, to_float
 from kvsplice_kernels.plan import chunk_paired, middle, num_chunks, num_tiers, tier_bits
 
-# p * scale fills fp16 up to 2**15: tokens whose scale is 2**-29 of the greatest one still count.
-HEADROOM = tl.constexpr(16384.0)
+# Accumulators are scaled anew only when a logit exceeds the maximum so far by MAX_EXPONENT in base 2; until then p grows to
+# 2**MAX_EXPONENT. (FlashAttention-4 skips rescaling so, https://github.com/Dao-AILab/flash-attention.)
+MAX_EXPONENT = tl.constexpr(5)
+# p * scale fills fp16 up to 2**15: tokens whose scale is 2**-24 of the greatest one still count.
+HEADROOM = tl.constexpr(512.0)
 
 
 # ---------------------------------------------------------------- values
 @triton.jit
 def init_values(PLAN: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr):
-    """(accumulators [rows, N] of every operand, sums of the weights [TILE, N] of every tier)."""
+    """(accumulators [rows, N] of every operand, sums of the weights [8, N] of every tier)."""
     acc, sums = (), ()
     for t in tl.static_range(num_tiers(PLAN)):
         for c in tl.static_range(num_chunks(PLAN, t)):
             for _ in tl.static_range(value_parts(PLAN, t) * (2 if chunk_paired(PLAN, t, c) else 1)):
                 acc = acc + (tl.zeros([value_rows(PLAN, t, c), N], tl.float32),)
-        sums = sums + (tl.zeros([TILE, N], tl.float32),)
+        sums = sums + (tl.zeros([8, N], tl.float32),)
     return acc, sums
 
 
@@ -98,14 +101,26 @@ def add_values(acc, all_weights, page, row, pair_page, pair_row, valid, PLAN: tl
 
 
 @triton.jit
-def add_weights(sums, weights, factor, PLAN: tl.constexpr):
-    """Sums of the weights by tier, still [TILE, N]: they are added up over the tokens once, at the end."""
+def scaled_sums(sums, factor, PLAN: tl.constexpr):
+    """Sums of the weights times a factor [N]."""
     new = ()
     for t in tl.static_range(num_tiers(PLAN)):
-        if middle(PLAN, t) > 0:
-            new = new + (sums[t] * factor[None, :] + weights[t],)
-        else:
-            new = new + (sums[t],)
+        new = new + (sums[t] * factor[None, :] if middle(PLAN, t) > 0 else sums[t],)
+    return new
+
+
+@triton.jit
+def by_eights(x):
+    """[TILE, N] -> [8, N], the sum of every eighth token's, all of which one lane holds."""
+    return tl.sum(tl.reshape(x, [x.shape[0] // 8, 8, x.shape[1]]), 0)
+
+
+@triton.jit
+def add_weights(sums, weights, PLAN: tl.constexpr):
+    """Sums of the weights by tier, still [8, N]: those are added up once, at the end."""
+    new = ()
+    for t in tl.static_range(num_tiers(PLAN)):
+        new = new + (sums[t] + by_eights(weights[t]) if middle(PLAN, t) > 0 else sums[t],)
     return new
 
 

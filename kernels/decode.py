@@ -18,25 +18,30 @@ import triton.language as tl
 from torch import Tensor
 
 from kvsplice_kernels.accumulate import (
+    MAX_EXPONENT,
     add_values,
     add_weights,
+    by_eights,
     greatest_scale,
     init_values,
     scaled,
+    scaled_sums,
     store_latent,
     weights_of,
 )
 from kvsplice_kernels.checks import check_cache, check_dense, wide_type
 from kvsplice_kernels.logits import Q_STEP, cast_query, load_query, logits
-from kvsplice_kernels.operands import SUB, load_scales, pages_of
+from kvsplice_kernels.operands import SUB, load_scales, num_accumulators, pages_of
 from kvsplice_kernels.packing import floor_power_of_two, inverse_power_of_two, page_of
 from kvsplice_kernels.pdl import launch_dependents, pdl_options, wait
 from kvsplice_kernels.plan import Plan, rank_of
 from kvsplice_kernels.query_tiles import check_requests, find_tile, num_query_tiles, request_lens
 
 TILE = 32  # tokens of a key tile
+MOST_ACCUMULATORS = 20  # of 4 registers each, that 200 registers hold beside the rest
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LEAST = tl.constexpr(-1e30)  # stands in for -inf, of which another -inf cannot be taken
 
 
 # ---------------------------------------------------------------- one program
@@ -62,13 +67,15 @@ def _pages(cache_ptr, blocks, stride_block):
 
 
 @triton.jit
-def _softmax_step(x, m, factor):
-    """One tile of online softmax in base 2, x [TILE, N] in units of 1 / factor: (p, factor for what was accumulated, new
-    maximum in x's units)."""
-    new_m = tl.maximum(m, tl.max(x, 0))
-    shift = tl.where(new_m == float("-inf"), 0.0, new_m) * factor
-    alpha = tl.exp2(m * factor - shift)
-    return tl.exp2(x * factor[None, :] - shift[None, :]), alpha, new_m
+def _row_of(position, BLOCK_SIZE: tl.constexpr):
+    """Row in its page of a token; unsigned, where a power of two costs one instruction."""
+    return (position.to(tl.uint32) % BLOCK_SIZE).to(tl.int32)
+
+
+@triton.jit
+def _shift(m, factor):
+    """What online softmax in base 2 takes off its exponents, m [N] in units of 1 / factor."""
+    return tl.where(m == float("-inf"), 0.0, m) * factor
 
 
 @triton.jit
@@ -102,7 +109,7 @@ def _attend(
     acc, sums = init_values(V_PLAN, N, TILE)
     unit = floor_power_of_two(tl.max(tl.zeros([SUB], tl.float32), 0))
     m = tl.full([N], float("-inf"), tl.float32)
-    row_sum = tl.zeros([TILE, N], tl.float32)
+    row_sum = tl.zeros([8, N], tl.float32)
     token = tl.arange(0, TILE)
     pair = tl.arange(0, TILE // 2)
     pair_token = pair // 8 * 16 + pair % 8
@@ -114,24 +121,26 @@ def _attend(
         pages = _pages(cache_ptr, blocks, stride_block)
         blocks = _load_blocks(table_ptr, i + 2, first_token, end_token, TILE, BLOCK_SIZE)
         position = i * TILE + token
-        row = position % BLOCK_SIZE
+        row = _row_of(position, BLOCK_SIZE)
         valid = (position >= first_token) & (position < end_token)
         x = logits(q, q_sums, page, row, position, valid, q_position, ONE_QUERY, WINDOW, K_PLAN, WIDE)
         if SOFT_CAP:
             x = _capped(x, step, bias * scale, soft_cap)
-        p, alpha, m = _softmax_step(x, m, factor)
-        row_sum = row_sum * alpha[None, :] + p
-
         codes = load_scales(page, row, V_PLAN)
-        new_unit = greatest_scale(unit, codes, valid, V_PLAN)
-        inverse_unit = inverse_power_of_two(new_unit)
-        shrink = alpha * (unit * inverse_unit)
-        weights = weights_of(p, inverse_unit, codes, V_PLAN)
-        acc = scaled(acc, shrink, alpha, V_PLAN)
-        pair_row = (i * TILE + pair_token) % BLOCK_SIZE
+        tile_m, new_unit = tl.max(x, 0), greatest_scale(unit, codes, valid, V_PLAN)
+        grown = tl.max((tile_m - tl.maximum(m, LEAST)) * factor, 0) > MAX_EXPONENT
+        if grown | (new_unit > unit):
+            new_m = tl.maximum(m, tile_m)
+            alpha = tl.exp2(m * factor - _shift(new_m, factor))
+            shrink = alpha * (unit * inverse_power_of_two(new_unit))
+            acc, sums = scaled(acc, shrink, alpha, V_PLAN), scaled_sums(sums, shrink, V_PLAN)
+            row_sum, m, unit = row_sum * alpha[None, :], new_m, new_unit
+        p = tl.exp2(x * factor[None, :] - _shift(m, factor)[None, :])
+        row_sum += by_eights(p)
+        weights = weights_of(p, inverse_power_of_two(unit), codes, V_PLAN)
+        pair_row = _row_of(i * TILE + pair_token, BLOCK_SIZE)
         acc = add_values(acc, weights, page, row, pair_page, pair_row, valid, V_PLAN, WIDE)
-        sums = add_weights(sums, weights, shrink, V_PLAN)
-        unit = new_unit
+        sums = add_weights(sums, weights, V_PLAN)
 
     total = tl.sum(row_sum, 0)
     any_seen = total > 0
@@ -267,12 +276,14 @@ def decode(
         GROUP=num_heads // H, BLOCK_SIZE=block_size, WINDOW=sliding_window or 0, SOFT_CAP=bool(soft_cap),
         WIDE=wide_type(wide_dtype), SKIP_FIRST_CHUNKS=skip_first_chunks, ONE_TILE=max_query_len <= tile_tokens,
         K_RANK=k_rank, K_PLAN=k_plan, V_RANK=v_rank, V_PLAN=v_plan,
-        TILE_TOKENS=tile_tokens, N=columns, TILE=TILE, **launch_shape(columns, k_rank + v_rank),
+        TILE_TOKENS=tile_tokens, N=columns, TILE=TILE, **launch_shape(columns, k_rank + v_rank, v_plan),
         **pdl_options(q_latent.device),
     )  # fmt: skip
 
 
-def launch_shape(columns: int, ranks: int) -> dict[str, int]:
-    """Launch options: a warp for every 16 columns. Ten warps of 200 registers fit a multiprocessor, eight without a limit."""
+def launch_shape(columns: int, ranks: int, v_plan: Plan) -> dict[str, int]:
+    """Launch options: a warp for every 16 columns. Ten warps of 200 registers fit a multiprocessor, eight without a limit,
+    which the layouts of many narrow runs of V want: theirs would spill."""
     options = {"num_warps": max(1, columns // 16), "num_stages": 3}
-    return options | {"maxnreg": 200} if columns <= 8 and ranks <= 256 else options
+    limited = columns <= 8 and ranks <= 256 and num_accumulators(v_plan) <= MOST_ACCUMULATORS
+    return options | {"maxnreg": 200} if limited else options

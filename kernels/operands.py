@@ -89,6 +89,16 @@ def value_index(plan, t, c):
 
 
 @triton.constexpr_function
+def num_accumulators(plan):
+    """Tiles of 16 rows in which a side's values are added up."""
+    chunks = [(t, c) for t in range(num_tiers(plan)) for c in range(num_chunks(plan, t))]
+    return sum(
+        value_parts(plan, t) * (2 if chunk_paired(plan, t, c) else 1) * (value_rows(plan, t, c) // 16)
+        for t, c in chunks
+    )
+
+
+@triton.constexpr_function
 def value_first(plan, t, c, i):
     """Latent dimension of operand i's first row; rows are 2 dimensions apart (1 at 16 bits): a word is two bytes."""
     if plan[t][0] == 16:
@@ -212,9 +222,20 @@ def load_scales(page, row, PLAN: tl.constexpr):
         if tier_bits(PLAN, t) == 16:
             codes = codes + (0,)
         else:
-            words = tl.load((page + scale_offset(PLAN, t)).to(tl.pointer_type(tl.int32)) + row // 4)
-            codes = codes + ((words >> (row % 4 * 8)) & 0xFF,)
+            words = tl.load((page + scale_offset(PLAN, t)).to(tl.pointer_type(tl.int32)) + (row >> 2))
+            codes = codes + (_byte(words, row & 3),)
     return codes
+
+
+@triton.jit
+def _byte(words, i):
+    """Byte i (0 .. 3) of int32 words."""
+    if INTERPRETED:
+        return (words >> (i * 8)) & 0xFF
+    else:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0, $2;", "=r,r,r", [words, i | 0x4440], dtype=tl.int32, is_pure=True, pack=1
+        )
 
 
 # ---------------------------------------------------------------- unpacking

@@ -117,14 +117,12 @@ def _own(tile, fill, CUTS: tl.constexpr, c: tl.constexpr):
 @triton.jit
 def _greatest_magnitude(z, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.constexpr):
     """max |latent| [tokens] of a tier; padding columns hold zeros."""
+    greatest = tl.zeros([z[0].shape[0]], tl.float32)
     for c in tl.static_range(num_cuts(CUTS)):
         tile = tl.abs(z[c * num_parts(PLAN, t)])
         for i in tl.static_range(1, num_parts(PLAN, t)):
             tile = tl.maximum(tile, tl.abs(z[c * num_parts(PLAN, t) + i]))
-        if c == 0:
-            greatest = tl.max(tile, 1)
-        else:
-            greatest = tl.maximum(greatest, tl.max(tile, 1))
+        greatest = tl.maximum(greatest, tl.max(tile, 1))
     return greatest
 
 
