@@ -129,7 +129,8 @@ def _attend(
         codes = load_scales(page, row, V_PLAN)
         tile_m, new_unit = tl.max(x, 0), greatest_scale(unit, codes, valid, V_PLAN)
         grown = tl.max((tile_m - tl.maximum(m, LEAST)) * factor, 0) > MAX_EXPONENT
-        if grown | (new_unit > unit):
+        # Where there are many columns, a branch around so many registers makes the assembler spill them.
+        if grown | (new_unit > unit) | (N > 16):
             new_m = tl.maximum(m, tile_m)
             alpha = tl.exp2(m * factor - _shift(new_m, factor))
             shrink = alpha * (unit * inverse_power_of_two(new_unit))
