@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 
 from kvsplice_kernels.encode import prepare
 from vllm_kvsplice.codec.layout import LatentLayout
-from vllm_kvsplice.serving import torch_path, triton_path
+from vllm_kvsplice.serving import torch_path, triton_path, warm_up
 from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits
 from vllm_kvsplice.serving.metadata import Prefills, Requests
 
@@ -135,7 +135,7 @@ def run(path: Any, c: LayerCodec, b: Bases, step: Step, fresh: bool, device: tor
 def flash(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Where there is no FlashAttention, stand in for it; returns the number of requests of each call."""
     calls: list[int] = []
-    real = triton_path._flash_attention
+    real = triton_path.flash_attends
 
     def stand_in(q: Tensor, k: Tensor, v: Tensor, out: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
                  max_seqlen_k: int, softmax_scale: float, causal: bool, window_size: list[int], softcap: float,
@@ -154,7 +154,7 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         fn, version = real(head_dim, soft_cap)
         return lambda **kw: calls.append(len(kw["cu_seqlens_q"]) - 1) or fn(**kw), version
 
-    monkeypatch.setattr(triton_path, "_flash_attention", chosen)
+    monkeypatch.setattr(triton_path, "flash_attends", chosen)
     return calls
 
 
@@ -203,14 +203,14 @@ def test_triton_decodes_with_splits() -> None:
 
 @pytest.mark.parametrize("changes", CASES[:3])
 def test_warming_up_launches_every_kernel_and_leaves_no_trace(changes: dict[str, Any]) -> None:
-    triton_path.warm_up(codec(**changes), 48, torch.bfloat16, DEVICE, 2, Limits(3, 40, 300))
+    warm_up.warm_up(codec(**changes), 48, torch.bfloat16, DEVICE, 2, Limits(3, 40, 300))
 
 
 def test_decode_steps_are_one_for_each_variant(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few; of every query length; and the split counts that serving would choose are among theirs, to a power of two."""
-    monkeypatch.setattr(triton_path, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(warm_up, "multiprocessors", lambda device: 132)
     c, limits = codec(), Limits(256, 8192, 32768)
-    steps = triton_path.decode_steps(c, 16, 5, limits, DEVICE)
+    steps = warm_up.decode_steps(c, 16, 5, limits, DEVICE)
     assert len(steps) < 120 and {query_len for _, query_len, _ in steps} == {1, 2, 4, 5}
 
     def rounded(num_reqs: int, length: int) -> int:
@@ -229,7 +229,7 @@ def test_the_reservation_covers_every_step(monkeypatch: pytest.MonkeyPatch) -> N
         return [torch.empty(s, dtype=d) for s, d in shapes]
 
     monkeypatch.setattr(triton_path, "workspace", workspace)
-    monkeypatch.setattr(triton_path, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(triton_path, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(triton_path, "paged_attention", lambda *args: None)
     c, b = codec(), bases()
     triton_path.reserve(c, 40, 3, 64, 100_000, DEVICE)
@@ -242,7 +242,7 @@ def test_the_reservation_covers_every_step(monkeypatch: pytest.MonkeyPatch) -> N
             c, triton(b), torch.empty(tokens, HEADS, DIM), None, cache,
             Requests(reqs, tokens, 3, 100_000, none, none, none), none,
         )  # fmt: skip
-    triton_path._attend_codes(
+    triton_path.attend_codes(
         c, triton(b), torch.empty(64, HEADS, DIM), cache, Requests(1, 64, 64, 9, none, none, none), none, 1, False
     )
     assert len(reserved) == 1 and max(asked) <= reserved[0]

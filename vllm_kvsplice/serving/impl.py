@@ -12,7 +12,7 @@ from torch import Tensor
 from vllm_kvsplice.codec import projector_source
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.serving import attention_layer, refusals, startup
-from vllm_kvsplice.serving.attention_layer import LayerCodec
+from vllm_kvsplice.serving.attention_layer import LayerCodec, Limits
 from vllm_kvsplice.serving.metadata import KVSpliceMetadata
 from vllm_kvsplice.serving.settings import read_settings
 from vllm_kvsplice.serving.vllm_compat import (
@@ -96,6 +96,14 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         startup.reserve(self.vllm_config, self.path, self.codec, layer._k_scale.device)
         if name == next(reversed(layers)):  # the last layer has taken its part; a reload reads the file anew
             projector_source.forget()
+
+    def warm_up(
+        self, block_size: int, dtype: torch.dtype, device: torch.device, decode_query_len: int, limits: Limits
+    ) -> None:
+        """Compile what the steps of this layer's codec need; on a GPU, once for all layers with the same codec."""
+        from vllm_kvsplice.serving import warm_up
+
+        warm_up.warm_up(self._codec(), block_size, dtype, device, decode_query_len, limits)
 
     def forward(
         self,

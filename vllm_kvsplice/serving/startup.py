@@ -48,9 +48,9 @@ def prepare(vllm_config: VllmConfig, layer_names: list[str], block_size: int, de
     if device.type == "cuda":
         scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
         limits = Limits(scheduler.max_num_seqs, scheduler.max_num_batched_tokens, model.max_model_len)
-        for codec, path in {_codec(layers[name]): layers[name].impl.path for name in layer_names}.items():
-            reserve(vllm_config, path, codec, device)
-            path.warm_up(codec, block_size, model.dtype, device, decode_query_len(vllm_config), limits)
+        for codec, impl in {_codec(layers[name]): layers[name].impl for name in layer_names}.items():
+            reserve(vllm_config, impl.path, codec, device)
+            impl.warm_up(block_size, model.dtype, device, decode_query_len(vllm_config), limits)
     _announce(layers, layer_names)
 
 

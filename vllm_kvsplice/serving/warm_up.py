@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels compiled before the first request: one empty step of every kind that a server can meet, run on a GPU.
+
+In: a layer's codec and vLLM's limits. Out: Triton's cache of compiled kernels, filled. Nothing is computed and nothing kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from kvsplice_kernels.attention import choose_num_splits
+from kvsplice_kernels.cache_write import write_tiles
+from kvsplice_kernels.encode import prepare
+from kvsplice_kernels.project_query import query_tiles
+from kvsplice_kernels.reduce_expand import reduce_tiles
+from kvsplice_kernels.write_and_project import step_sizes
+from vllm_kvsplice.serving import cached_prefill
+from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits
+from vllm_kvsplice.serving.metadata import Requests
+from vllm_kvsplice.serving.refusals import FLASH_HEAD_DIM
+from vllm_kvsplice.serving.triton_path import (
+    LONG_STEP,
+    Tensors,
+    Written,
+    attend_codes,
+    decode,
+    flash_attends,
+    most_latent_tokens,
+    multiprocessors,
+    plans,
+    plans_of,
+    write,
+)
+
+THREADS = 8
+Step = Callable[[], None]
+
+
+def warm_up(
+    codec: LayerCodec, block_size: int, dtype: torch.dtype, device: torch.device, decode_query_len: int, limits: Limits
+) -> None:
+    """Compile every kernel for every kind of step now, rather than during the first requests; nothing is computed."""
+    D, cell, most = codec.layout.head_dim, codec.bytes_per_token_head, limits.max_num_batched_tokens
+    cache = torch.zeros(1, codec.num_kv_heads, block_size, cell, dtype=torch.uint8, device=device)
+    bases = _blank_bases(codec, device)
+    tensors = Tensors(bases, prepare(*bases))
+    steps: list[Step] = []
+    if flash_attends(D, codec.soft_cap) and D <= FLASH_HEAD_DIM:
+        steps.append(partial(cached_prefill.warm_up, codec, bases, cache, dtype))
+
+    def rows(tokens: int) -> tuple[Tensor, Written]:
+        query, key = (
+            torch.zeros(tokens, n, D, dtype=dtype, device=device) for n in (codec.num_heads, codec.num_kv_heads)
+        )
+        return query, (key, key, torch.full((tokens,), -1, dtype=torch.int64, device=device))
+
+    def long_step(tokens: int) -> None:
+        query, (key, value, slots) = rows(tokens)
+        write(codec, tensors, key, value, cache, slots)
+        for skip in (False, True) if tokens <= most_latent_tokens(codec, most) else ():
+            empty = _empty_requests(1, LONG_STEP, LONG_STEP, device)
+            attend_codes(codec, tensors, query, cache, empty, torch.empty_like(query), 1, skip)
+
+    def decode_step(num_reqs: int, query_len: int, max_seq_len: int) -> None:
+        query, written = rows(num_reqs * query_len)
+        empty = _empty_requests(num_reqs, query_len, max_seq_len, device)
+        decode(codec, tensors, query, written, cache, empty, torch.empty_like(query))
+
+    sizes = step_sizes(most, codec.num_heads, codec.num_kv_heads, D, *plans(codec, cache))
+    steps += [partial(long_step, tokens) for tokens in sizes]
+    steps += [partial(decode_step, *s) for s in decode_steps(codec, block_size, decode_query_len, limits, device)]
+    _run_together(steps, device)
+
+
+def _run_together(steps: list[Step], device: torch.device) -> None:
+    """Side by side on a GPU: most of a compilation holds no lock of Python's."""
+    if device.type != "cuda":
+        for step in steps:
+            step()
+        return
+
+    def run(step: Step) -> None:
+        with torch.cuda.device(device):
+            step()
+
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        list(pool.map(run, steps))
+    torch.cuda.synchronize(device)
+
+
+def decode_steps(
+    codec: LayerCodec, block_size: int, decode_query_len: int, limits: Limits, device: torch.device
+) -> list[tuple[int, int, int]]:
+    """(requests, query tokens of each, longest sequence) of few decode steps that meet every variant of every kernel."""
+    group, layout = codec.num_heads // codec.num_kv_heads, codec.layout
+    both = plans_of(layout, block_size)
+    rank_pad = max(16, 1 << (layout.rank("v") - 1).bit_length())
+    lengths = [limits.max_model_len >> i for i in range(limits.max_model_len.bit_length())]
+    query_lens = sorted({min(1 << i, decode_query_len) for i in range(decode_query_len.bit_length() + 1)})
+    seen: set[object] = set()
+    found: list[tuple[int, int, int]] = []
+    for query_len, num_reqs in product(query_lens, range(1, limits.max_num_seqs + 1)):
+        tokens = num_reqs * query_len
+        if tokens > max(limits.max_num_batched_tokens, query_len):
+            break
+        project = query_tiles(tokens, group, layout.head_dim, layout.rank("k"))
+        block_t = write_tiles(tokens, codec.num_kv_heads, layout.head_dim, both).block_t
+        for length in lengths:
+            splits = choose_num_splits(num_reqs, codec.num_kv_heads, length, multiprocessors(device))
+            tiles = reduce_tiles(tokens * codec.num_heads, group, query_len, layout.head_dim, rank_pad, splits)
+            write = "write", block_t, project.block_m, project.block_r
+            reduce = "reduce", query_len == 1, query_len <= tiles.tile_tokens, (splits - 1).bit_length(), tiles
+            variants = {write, ("decode", query_len), reduce}
+            if not variants <= seen:
+                seen |= variants
+                found.append((num_reqs, query_len, length))
+    return found
+
+
+def _empty_requests(num_reqs: int, max_query_len: int, max_seq_len: int, device: torch.device) -> Requests:
+    """Requests without tokens: kernels that are given them are compiled, and do nothing."""
+    starts, lens = (torch.zeros(num_reqs + n, dtype=torch.int32, device=device) for n in (1, 0))
+    table = torch.zeros(num_reqs, 1, dtype=torch.int32, device=device)
+    return Requests(num_reqs, 0, max_query_len, max_seq_len, starts, lens, table)
+
+
+def _blank_bases(codec: LayerCodec, device: torch.device) -> Bases:
+    H, D = codec.num_kv_heads, codec.layout.head_dim
+    ranks = codec.layout.rank("k"), codec.layout.rank("v")
+    shapes = [shape for rank in ranks for shape in ((H, rank, D), (H, D, rank), (H, D))]
+    return Bases(*(torch.zeros(shape, device=device, dtype=torch.float32) for shape in shapes))
