@@ -123,16 +123,34 @@ def named(label: str, launches: list[Launch]) -> Iterator[tuple[str, Launch]]:
         yield f"{launch.kernel.__name__} {label}", launch
 
 
-def resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, spilled bytes) that the assembler reports for a cubin."""
+def ask(tool: str, option: str, cubin: bytes) -> str:
+    """What a tool that comes with Triton says about a cubin."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+        return subprocess.run([path, option, file.name], capture_output=True, text=True).stdout
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, spilled bytes) that the assembler reports for a cubin."""
+    text = ask("cuobjdump", "-res-usage", cubin)
     return tuple(int(re.search(rf"{word}:(\d+)", text).group(1)) for word in ("REG", "STACK"))
+
+
+def loop_instructions(cubin: bytes) -> int:
+    """Machine instructions of the longest loop, branches inside it included; 0 without a loop."""
+    lines = ask("nvdisasm", "-c", cubin).splitlines()
+    labels = {found.group(1): i for i, line in enumerate(lines) if (found := re.match(r"(\.L_\S+):", line))}
+    longest = 0
+    for i, line in enumerate(lines):
+        back = re.search(r"BRA.*`\((\.L_\S+)\)", line)
+        if back and labels.get(back.group(1), i) < i:
+            body = lines[labels[back.group(1)] : i + 1]
+            longest = max(longest, sum(bool(re.search(r"/\*[0-9a-f]{4,}\*/ +\S", part)) for part in body))
+    return longest if longest > 1 else 0  # a kernel ends in a branch to itself
 
 
 def compile_one(arch: int, name: str, label: str, launch: Launch) -> str:
@@ -143,7 +161,7 @@ def compile_one(arch: int, name: str, label: str, launch: Launch) -> str:
     meta = compiled.metadata
     return (
         f"sm_{arch} {name:18s} {label:34s} warps {meta.num_warps} stages {meta.num_stages} "
-        f"registers {registers:3d} stack {spilled:5d} shared {meta.shared}"
+        f"registers {registers:3d} stack {spilled:5d} shared {meta.shared:5d} loop {loop_instructions(compiled.asm['cubin'])}"
     )
 
 

@@ -24,29 +24,32 @@ def test_every_result_says_how_it_was_made(name):
 
 
 def row(file):
-    """The row of the README's table of measurements that names this file."""
-    (line,) = [line for line in README.splitlines() if line.startswith("|") and f"`{file}`" in line]
+    """The row of the README's table of what was served that names this file."""
+    (line,) = [line for line in README.splitlines() if line.startswith("|") and f"(`{file}`" in line]
     return line
 
 
-@pytest.mark.parametrize(
-    ("file", "name"),
-    [
-        ("ref-d128-near_lossless-hf", "ref-d128-near_lossless-hf"),
-        ("-hf-whole", "ref-d128-near_lossless-hf-whole"),
-        ("-hf-bf16", "ref-d128-near_lossless-hf-bf16"),
-        ("-vllm", "ref-d128-near_lossless-vllm"),
-        ("demo-h200", "demo-h200"),
-    ],
-)
-def test_the_readme_quotes_its_files(file, name):
-    found, line = RESULTS[name].get("scores", RESULTS[name]), row(file)
+@pytest.mark.parametrize("name", ["ref-d128-balanced-vllm", "demo-h200"])
+def test_the_readme_quotes_its_files(name):
+    found, line = RESULTS[name].get("scores", RESULTS[name]), row(name)
     assert f"{found['ratio']['kv']:.2f}x" in line
     assert f"{found['ppl']['delta_pct']:+.2f} %" in line
     kld = found["kld_topk"] if found["engine"] == "vllm" else found["kld"]
     assert f"{kld:.5f}".lstrip("0") in line
     if found["needle"]:
         assert found["needle"]["kvsplice"] == found["needle"]["baseline"] == 1.0
+
+
+def codec_cells(codec):
+    """A cell of the tables of codecs: ratio of K+V, perplexity, KLD, needles."""
+    needles = f"{100 * codec['needle']:.0f} %"
+    return f"{codec['ratio']['kv']:.2f}x {codec['delta_ppl_pct']['mean']:+.2f} % {codec['kld']['mean']:.5f} {needles}"
+
+
+def test_presets_are_quoted_as_measured():
+    ref, demo = ({c["name"]: c for c in RESULTS[f"presets-{m}"]["codecs"]} for m in ("ref-d128", "demo"))
+    for name in ("v_only", "near_lossless", "balanced", "max"):
+        assert f"| `{name}` | {codec_cells(ref[name])} | {codec_cells(demo[name])} |" in README
 
 
 def test_the_readme_quotes_speeds_and_failures_too():
@@ -80,6 +83,31 @@ def test_kernel_speeds_are_quoted_as_measured(batch, context):
     assert cells in PERFORMANCE
 
 
+def best_us(file, kernel, preset, batch, context, block_size=None):
+    """p50 in microseconds of a decode, at its best page size or at one."""
+    return min(
+        r["p50_us"]
+        for r in RESULTS[file]["rows"]
+        if (r["what"], r["kernel"], r["preset"]) == ("decode", kernel, preset)
+        and (r["batch"], r["context"]) == (batch, context)
+        and block_size in (None, r["block_size"])
+    )
+
+
+@pytest.mark.parametrize(("batch", "context"), [(64, 4096), (256, 2048), (16, 32768), (8, 8192), (1, 32768)])
+def test_kernel_speeds_on_an_h200_are_quoted_as_measured(batch, context):
+    bf16, fp8 = (best_us("kernels-h200", "flash-attention-3", p, batch, context) for p in ("bf16", "fp8"))
+    ours = [best_us("kernels-near_lossless-h200", "kvsplice", "near_lossless", batch, context, n) for n in (16, 64)]
+    others = [bf16 / best_us("kernels-h200", "kvsplice", p, batch, context) for p in ("max", "int8", "v_only")]
+    cells = [
+        f"{bf16:.1f}",
+        f"{fp8:.1f}",
+        f"{ours[0]:.1f} / {ours[1]:.1f}",
+        f"{bf16 / ours[0]:.2f} / {bf16 / ours[1]:.2f}",
+    ]
+    assert f"| {batch} x {context} | {' | '.join(cells + [f'{x:.2f}' for x in others])} |" in PERFORMANCE
+
+
 def test_profiles_and_writes_are_quoted_as_measured():
     for reading in RESULTS["profile-decode-h200"]["readings"].values():
         quoted = f"| {reading['l2_sectors_per_16_tokens']} | {reading['shared_wavefronts_per_16_tokens']} |"
@@ -106,11 +134,7 @@ def test_times_per_token_are_quoted_as_measured(file, point):
 def test_other_codecs_are_quoted_as_measured():
     ref, demo = ({c["name"]: c for c in RESULTS[f"compare-{m}"]["codecs"]} for m in ("ref-d128", "demo"))
     for name in ref.keys() & demo.keys() - {"bf16"}:
-        cells = (
-            f"{c['ratio']['kv']:.2f}x {c['delta_ppl_pct']['mean']:+.2f} % {c['kld']['mean']:.5f} {100 * c['needle']:.0f} %"
-            for c in (ref[name], demo[name])
-        )
-        assert f"| {name} | {' | '.join(cells)} |" in QUALITY
+        assert f"| {name} | {codec_cells(ref[name])} | {codec_cells(demo[name])} |" in QUALITY
 
 
 def test_tuning_is_quoted_as_measured():

@@ -25,7 +25,7 @@ from vllm_kvsplice.serving.vllm_compat import merge_attn_states, to_device, work
 
 CONTEXT_TOKENS = 32 * 1024  # of scratch: 64 MiB of K and V at 4 KV heads of 128
 # Query rows (tokens x query heads per KV head) from which expanding pays, per cached token and KV head: expanding moves
-# near_lossless 172 + 1024 bytes (codes read, 16-bit K and V written and read), 0.29 ns at 4.2 TB/s; each row costs 512 flops
+# near_lossless 164 + 1024 bytes (codes read, 16-bit K and V written and read), 0.29 ns at 4.2 TB/s; each row costs 512 flops
 # at head_dim 128, on the latent kernel at a third of FlashAttention-3's 650 TFLOP/s, so 1.6 ps more there. They meet at 180
 # rows; more than that, as three launches are added.
 EXPAND_FROM_ROWS = 256
