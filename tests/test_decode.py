@@ -44,6 +44,23 @@ def test_stage_1_alone() -> None:
         assert (work.latent[:, :, s] - latent).abs().max() < 2e-3 * latent.abs().max()
 
 
+@pytest.mark.parametrize("slope", [0.05, -0.05, 0.4])
+def test_logits_that_rise_or_fall_from_tile_to_tile(slope: float) -> None:
+    """A rise of 2.3, in base 2, a tile of 32 tokens is below the step from which accumulators are scaled, and adds up; 18 is
+    above it. V's scales rise as well, so that their unit moves on its own."""
+    batch = cases.make_batch(cases.Case(seq_lens=(200,), query_lens=(1,), splits=1, num_kv_heads=1, k=((8, 64),),
+                                        v=cases.A8_4, offset=0.0), filled=False)  # fmt: skip
+    one = batch.query[0, :1].float() / batch.query[0, :1].float().square().sum() * 8  # logit 1 for the first head
+    token = torch.arange(200, device=cases.DEVICE)[:, None, None]
+    batch.key = (one * slope * token).to(batch.key.dtype)
+    batch.value = (batch.value * (1 + token / 10)).to(batch.value.dtype)
+    cases.write_by_reference(batch, batch.kv_cache)
+    out = torch.full(batch.query.shape, float("nan"), device=cases.DEVICE)
+    checks.run_kernels(batch, out, checks.poisoned_workspace(batch))
+    exact, low = (checks.run_reference(batch, dtype) for dtype in (torch.float64, torch.float16))
+    checks.assert_within(out, exact, low, torch.finfo(torch.float16).eps, "attention")
+
+
 def test_stage_2_merges_what_it_is_given() -> None:
     """Unlike lses, empty splits that hold NaN, a row of empty splits alone, and a strided bf16 output."""
     g = torch.Generator().manual_seed(0)
