@@ -81,10 +81,10 @@ def test_without_a_projector_any_layer_is_int8() -> None:
 
 def test_page_sizes_differ_by_layer_but_not_under_several_windows() -> None:
     both = projector(A, B)
-    assert [cell_bytes(x, both, {None}) for x in (A, B)] == [92, 152]
-    assert [cell_bytes(x, both, {256}) for x in (A, B)] == [92, 152]
-    assert [cell_bytes(x, both, {None, 256}) for x in (A, B)] == [152, 152]
-    assert cell_bytes(A, None, {None, 256}) == 92
+    assert [cell_bytes(x, both, {None}) for x in (A, B)] == [84, 149]
+    assert [cell_bytes(x, both, {256}) for x in (A, B)] == [84, 149]
+    assert [cell_bytes(x, both, {None, 256}) for x in (A, B)] == [149, 149]
+    assert cell_bytes(A, None, {None, 256}) == 84
 
 
 def test_buffers_are_replaced_in_place_and_not_saved() -> None:
@@ -112,14 +112,14 @@ def addresses(layer: nn.Module) -> list[int]:
 
 
 def test_the_start_up_line_counts_everything() -> None:
-    facts = [LayerFacts(A, 2, 64, 2, 92), LayerFacts(B, 2, 64, 2, 152)]
+    facts = [LayerFacts(A, 2, 64, 2, 84), LayerFacts(B, 2, 64, 2, 149)]
     line = summary(facts, 2, 2)
     assert line == (
-        "K 16x8+48x4 V 16x8+48x4 (and 1 other codecs): 122.0 bytes per token and KV head all in, dense 256.0; "
-        "ratio V 3.66x, K 1.47x, K+V 2.10x; active on 2 of 2 attention layers"
+        "K 16x8+48x4 V 16x8+48x4 (and 1 other codecs): 116.5 bytes per token and KV head all in, dense 256.0; "
+        "ratio V 4.06x, K 1.51x, K+V 2.20x; active on 2 of 2 attention layers"
     )
-    padded = summary([facts[0]._replace(cell_bytes=152), facts[1]], 2, 2)
-    assert "152.0 bytes" in padded and "30.0 of them padding" in padded and "K+V 1.68x" in padded
+    padded = summary([facts[0]._replace(cell_bytes=149), facts[1]], 2, 2)
+    assert "149.0 bytes" in padded and "32.5 of them padding" in padded and "K+V 1.72x" in padded
     mixed = summary([facts[0], LayerFacts(None, 2, 64, 2, 256)], 1, 2)
     assert "174.0 bytes" in mixed and "V 2.78x, K 2.78x, K+V 1.47x; active on 1 of 2" in mixed
 
@@ -242,7 +242,7 @@ def test_a_layer_that_shares_a_cache_reads_it_with_its_target_s_projector(load: 
 
 def test_a_hybrid_model_gets_one_page_size_when_loaded(load: Any) -> None:
     layers = load({"layers.0.attn": FakeLayer(window=32), "layers.1.attn": FakeLayer()}, projector(A, B), {})
-    assert {layer.attn_backend.bytes_per_token_head for layer in layers.values()} == {152}
+    assert {layer.attn_backend.bytes_per_token_head for layer in layers.values()} == {149}
 
 
 def test_another_layout_after_a_reload_is_refused(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
