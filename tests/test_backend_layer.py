@@ -121,7 +121,7 @@ def test_the_start_up_line_counts_everything() -> None:
     padded = summary([facts[0]._replace(cell_bytes=149), facts[1]], 2, 2)
     assert "149.0 bytes" in padded and "32.5 of them padding" in padded and "K+V 1.72x" in padded
     mixed = summary([facts[0], LayerFacts(None, 2, 64, 2, 256)], 1, 2)
-    assert "174.0 bytes" in mixed and "V 2.78x, K 2.78x, K+V 1.47x; active on 1 of 2" in mixed
+    assert "170.0 bytes" in mixed and "V 3.05x, K 3.05x, K+V 1.51x; active on 1 of 2" in mixed
 
 
 # ---------------------------------------------------------------- the step
