@@ -98,11 +98,11 @@ class TestRouting:
     @pytest.fixture
     def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen: list[Any] = []
-        monkeypatch.setattr(triton_path, "_flash_attention", lambda *args: ("flash", 3))
+        monkeypatch.setattr(triton_path, "flash_attends", lambda *args: ("flash", 3))
         monkeypatch.setattr(triton_path, "fresh_attention", lambda *args: seen.append("fresh"))
         monkeypatch.setattr(cached_prefill, "attend", lambda *args: seen.append(("expanded", args[3] is not None)))
         monkeypatch.setattr(
-            triton_path, "_attend_codes", lambda *args, **kw: seen.append(("latent", kw["skip_first_chunks"]))
+            triton_path, "attend_codes", lambda *args, **kw: seen.append(("latent", kw["skip_first_chunks"]))
         )
         return seen
 
@@ -145,7 +145,7 @@ class TestRouting:
     def test_without_flash_attention_codes_are_attended(
         self, calls: list[Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(triton_path, "_flash_attention", lambda *args: None)
+        monkeypatch.setattr(triton_path, "flash_attends", lambda *args: None)
         self.prefill(True, (400, 30), (200, 30))
         assert calls == ["fresh", ("latent", True)]
 
