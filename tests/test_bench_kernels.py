@@ -45,11 +45,11 @@ right_attention, right_write = attention.paged_attention, cache_write.cache_writ
 def wrong_attention(*args, **kwargs):
     given = inspect.signature(right_attention).bind(*args, **kwargs).arguments
     right_attention(*args, **kwargs)
-    if given["kv_cache"].shape[3] == 68:  # int8 alone
+    if given["kv_cache"].shape[3] == 66:  # int8 alone
         given["out"].mul_(1.03)
 
 def wrong_write(key, value, cache, slots, *args):
-    wrong = cache.shape[3] == 68
+    wrong = cache.shape[3] == 66
     right_write(key, value * 1.02 if wrong else value, cache, slots, *args)
 
 attention.paged_attention, cache_write.cache_write = wrong_attention, wrong_write
@@ -86,7 +86,7 @@ def test_right_kernels_are_timed_beside_wrong_ones(wrong_run):
     rows = {(row["what"], row["kernel"]): row for row in result["rows"]}
     assert ("decode", "kvsplice") in rows and ("write", "kvsplice") in rows and ("decode", "kvsplice: decode") in rows
     row = rows["decode", "kvsplice"]
-    assert row["bytes"] == 20 * 2 * (8 + 2 + 12 + 4)  # of 20 tokens: K and V, 8 dimensions in 8 bits, 24 in 4
+    assert row["bytes"] == 20 * 2 * (8 + 1 + 12 + 1)  # of 20 tokens: K and V, 8 dimensions in 8 bits, 24 in 4
     assert (row["heads"], row["batch"], row["context"], row["block_size"], row["num_splits"]) == ("2/1", 1, 20, 16, 1)
     assert row["gb_s"] == pytest.approx(row["bytes"] / row["p50_us"] / 1e3)
     assert row["pct_of_copy"] == pytest.approx(100 * row["gb_s"] / max(result["copy_gb_s"].values()))

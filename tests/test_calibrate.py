@@ -69,7 +69,7 @@ def test_file_round_trip_and_metadata(request_of, folder):
             assert all(torch.equal(a, b) for a, b in zip(vars(layer.side(side)).values(), vars(loaded.layers[i].side(side)).values(), strict=True))  # fmt: skip
     meta = loaded.metadata
     assert (meta.preset, meta.model_name, meta.model.head_dim) == ("near_lossless", "tiny-qwen", 24)
-    assert meta.recipe["v"]["metric"] == "output-aware" and meta.recipe["bytes_per_token_head"] == 2 * (8 + 8 + 6)
+    assert meta.recipe["v"]["metric"] == "output-aware" and meta.recipe["bytes_per_token_head"] == 2 * (8 + 8 + 2)
     c = meta.calibration
     assert (c.text, c.tokens, c.samples, c.seq_len, c.seed) == ("pydoc_data.topics", 6 * 64, 6, 64, 3)
     assert len(c.text_sha256) == 64 and set(meta.versions) == {"kvsplice", "torch", "transformers"}

@@ -144,8 +144,8 @@ def test_result_has_the_promised_keys_and_survives_json(folder, text_file, tmp_p
         "baseline",
         "kvsplice",
     }
-    # K: 8 + 2, 8 + 4; V: 12 + 4 bytes.
-    assert result["bytes_per_token_head"] == 38
+    # K: 8 + 1, 8 + 1; V: 12 + 1 bytes.
+    assert result["bytes_per_token_head"] == 31
     assert result["ratio"] == {"k": 48 / 22, "v": 3.0, "kv": 96 / 38}
     assert result["tokens"] == 3 * 49 and result["windows"] == 3 and result["seq_len"] == 50
     assert 0 < result["kld_topk"] <= result["kld"] * (1 + 1e-6) and 0 < result["top1"] <= 1
