@@ -146,7 +146,7 @@ def test_result_has_the_promised_keys_and_survives_json(folder, text_file, tmp_p
     }
     # K: 8 + 1, 8 + 1; V: 12 + 1 bytes.
     assert result["bytes_per_token_head"] == 31
-    assert result["ratio"] == {"k": 48 / 22, "v": 3.0, "kv": 96 / 38}
+    assert result["ratio"] == {"k": 48 / 18, "v": 48 / 13, "kv": 96 / 31}
     assert result["tokens"] == 3 * 49 and result["windows"] == 3 and result["seq_len"] == 50
     assert 0 < result["kld_topk"] <= result["kld"] * (1 + 1e-6) and 0 < result["top1"] <= 1
     assert result["text"]["name"] == "ferry.txt" and len(result["text"]["sha256"]) == 64
@@ -155,7 +155,7 @@ def test_result_has_the_promised_keys_and_survives_json(folder, text_file, tmp_p
     assert {"command", "date", "hardware", "versions", "model", "engine", "dtype", "topk"} <= set(result)
     assert result["cache_tokens"] is None
     table = results.eval_table(result)
-    assert "K+V 2.53 x" in table and "ferry.txt" in table
+    assert "K+V 3.10 x" in table and "ferry.txt" in table
 
 
 def test_projector_beside_the_weights_is_found_and_another_models_refused(folder, text_file, tmp_path):
