@@ -33,7 +33,7 @@ HEADROOM = tl.constexpr(512.0)
 
 # ---------------------------------------------------------------- values
 @triton.jit
-def init_values(PLAN: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr):
+def init_values(PLAN: tl.constexpr, N: tl.constexpr):
     """(accumulators [rows, N] of every operand, sums of the weights [8, N] of every tier)."""
     acc, sums = (), ()
     for t in tl.static_range(num_tiers(PLAN)):

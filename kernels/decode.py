@@ -106,7 +106,7 @@ def _attend(
     factor = step * LOG2E
     if SOFT_CAP:
         factor = tl.full([N], LOG2E, tl.float32)
-    acc, sums = init_values(V_PLAN, N, TILE)
+    acc, sums = init_values(V_PLAN, N)
     unit = floor_power_of_two(tl.max(tl.zeros([SUB], tl.float32), 0))
     m = tl.full([N], float("-inf"), tl.float32)
     row_sum = tl.zeros([8, N], tl.float32)

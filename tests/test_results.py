@@ -149,3 +149,8 @@ def test_tuning_is_quoted_as_measured():
     for row in result["tune"]["uniform"]:
         sizes = f"| {row['name']} | {row['bytes_per_token_head']:.0f} | {row['kld']:.6f} |"
         assert f"{sizes} {row['tuned']['bytes_per_token_head']:.1f} | {row['tuned']['kld']:.6f} |" in QUALITY
+
+
+def test_the_loop_is_quoted_as_compiled():
+    loop = RESULTS["decode-loop"]
+    assert f"{loop['before']['loop']} to {loop['now']['loop']} for 32 tokens (`decode-loop`" in PERFORMANCE

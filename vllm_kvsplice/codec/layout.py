@@ -29,7 +29,6 @@ BIT_WIDTHS = (16, 8, 4, 2, 0)
 BLOCK_MULTIPLE = 16  # tokens: puts every plane on 16 bytes, whatever the bytes per token
 TIER_MULTIPLE = 8  # dimensions: whole 16-bit words for 2-bit codes
 MAX_HEAD_DIM = 512
-SCALE_BITS = (8, 4, 2)  # tiers of these widths have a scale, of one byte, for each token
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,8 @@ class Tier:
 
     @property
     def scale_bytes(self) -> int:
-        """Bytes of scale per token and head."""
-        return int(self.bits in SCALE_BITS)
+        """Bytes of scale per token and head: one, but for floats and for what is dropped."""
+        return int(0 < self.bits < 16)
 
 
 class TierPlan(NamedTuple):
