@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/kvsplice demo
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .

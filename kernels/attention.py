@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvsplice_kernels.decode import TILE, decode
 from kvsplice_kernels.encode import Prepared
+from kvsplice_kernels.launch import PROGRAMS, Launch
 from kvsplice_kernels.plan import Plan, rank_of
 from kvsplice_kernels.project_query import project_query
 from kvsplice_kernels.reduce_expand import reduce_expand
@@ -36,10 +37,13 @@ def workspace_shapes(
     return (*rows, k_rank), rows, (*rows, num_splits, v_rank), (*rows, num_splits)
 
 
-def choose_num_splits(num_reqs: int, num_kv_heads: int, max_seq_len: int, num_sms: int) -> int:
-    """Splits of the keys so that at most eight one-warp programs lie on each multiprocessor, in one wave, each with four
-    tiles or more: the fastest of a sweep on an H200 at 1 x 32k, 8 x 8k, 64 x 4k and 16 x 32k tokens."""
-    wanted = 8 * num_sms // max(1, num_reqs * num_kv_heads)
+def choose_num_splits(
+    num_reqs: int, num_kv_heads: int, max_seq_len: int, num_sms: int, launch: Launch | None = None
+) -> int:
+    """Splits of the keys so that at most ``launch.programs`` (None: PROGRAMS) programs of decode lie on each
+    multiprocessor, in one wave, each with four tiles or more."""
+    programs = launch.programs if launch else PROGRAMS
+    wanted = programs * num_sms // max(1, num_reqs * num_kv_heads)
     return max(1, min(wanted, -(-max_seq_len // (4 * TILE)), MOST_SPLITS))
 
 
@@ -62,6 +66,7 @@ def paged_attention(
     skip_first_chunks: bool = False,
     workspace: Workspace | None = None,
     projected: bool = False,
+    launch: Launch | None = None,
 ) -> None:
     """Attention over compressed pages that already hold this step's tokens, writing into ``out``.
 
@@ -77,7 +82,7 @@ def paged_attention(
         wide_dtype: of 16-bit tiers.
         skip_first_chunks: leave requests with seq_len == query_len, which another path serves, untouched in ``out``.
         workspace: scratch; allocated here if None. projected: its q_latent and q_bias hold the queries already, of
-            write_and_project.
+            write_and_project. launch: of decode, the one that ``num_splits`` was chosen for; None: its default.
     Raises:
         ValueError: a tensor has the wrong dtype, shape or strides.
     """
@@ -104,6 +109,7 @@ def paged_attention(
         soft_cap,
         wide_dtype,
         skip_first_chunks,
+        launch,
     )
     reduce_expand(
         workspace.latent,

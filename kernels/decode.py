@@ -30,15 +30,15 @@ from kvsplice_kernels.accumulate import (
     weights_of,
 )
 from kvsplice_kernels.checks import check_cache, check_dense, wide_type
+from kvsplice_kernels.launch import Launch, default_launch
 from kvsplice_kernels.logits import Q_STEP, cast_query, load_query, logits
-from kvsplice_kernels.operands import SUB, load_scales, num_accumulators, pages_of
+from kvsplice_kernels.operands import SUB, load_scales, pages_of
 from kvsplice_kernels.packing import floor_power_of_two, inverse_power_of_two, page_of
 from kvsplice_kernels.pdl import launch_dependents, pdl_options, wait
 from kvsplice_kernels.plan import Plan, rank_of
 from kvsplice_kernels.query_tiles import check_requests, find_tile, num_query_tiles, request_lens
 
 TILE = 32  # tokens of a key tile
-MOST_ACCUMULATORS = 20  # of 4 registers each, that 200 registers hold beside the rest
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LEAST = tl.constexpr(-1e30)  # stands in for -inf, of which another -inf cannot be taken
@@ -238,6 +238,7 @@ def decode(
     soft_cap: float | None = None,
     wide_dtype: torch.dtype = torch.bfloat16,
     skip_first_chunks: bool = False,
+    launch: Launch | None = None,
 ) -> None:
     """Causal attention on the codes, split over the keys, writing into ``latent`` and ``lse``.
 
@@ -253,7 +254,7 @@ def decode(
         latent: [T, num_heads, num_splits, v_rank] fp32. lse: [T, num_heads, num_splits] fp32, natural log.
         scale: softmax scale, positive. max_query_len: upper bound of the requests' query tokens.
         sliding_window: a query sees keys at distance < sliding_window. soft_cap: logits become cap * tanh(logit / cap).
-        wide_dtype: of 16-bit tiers.
+        wide_dtype: of 16-bit tiers. launch: None: default_launch.
     Raises:
         ValueError: a tensor has the wrong dtype, shape or strides.
     """
@@ -271,20 +272,13 @@ def decode(
         return
     tile_tokens, columns = query_tile(num_heads // H, max_query_len)
     tiles = num_query_tiles(T, num_reqs, max_query_len, tile_tokens)
+    launch = launch or default_launch(columns, k_rank + v_rank, v_plan)
     decode_kernel[(tiles * num_splits, H)](
         q_latent, q_bias, kv_cache, block_table, seq_lens, query_start_loc, latent, lse,
         num_reqs, num_splits, block_table.stride(0), kv_cache.stride(0), kv_cache.stride(1), scale, soft_cap or 1.0,
         GROUP=num_heads // H, BLOCK_SIZE=block_size, WINDOW=sliding_window or 0, SOFT_CAP=bool(soft_cap),
         WIDE=wide_type(wide_dtype), SKIP_FIRST_CHUNKS=skip_first_chunks, ONE_TILE=max_query_len <= tile_tokens,
         K_RANK=k_rank, K_PLAN=k_plan, V_RANK=v_rank, V_PLAN=v_plan,
-        TILE_TOKENS=tile_tokens, N=columns, TILE=TILE, **launch_shape(columns, k_rank + v_rank, v_plan),
-        **pdl_options(q_latent.device),
+        TILE_TOKENS=tile_tokens, N=columns, TILE=TILE,
+        **launch.options(), **pdl_options(q_latent.device),
     )  # fmt: skip
-
-
-def launch_shape(columns: int, ranks: int, v_plan: Plan) -> dict[str, int]:
-    """Launch options: a warp for every 16 columns. Ten warps of 200 registers fit a multiprocessor, eight without a limit,
-    which the layouts of many narrow runs of V want: theirs would spill."""
-    options = {"num_warps": max(1, columns // 16), "num_stages": 3}
-    limited = columns <= 8 and ranks <= 256 and num_accumulators(v_plan) <= MOST_ACCUMULATORS
-    return options | {"maxnreg": 200} if limited else options

@@ -13,6 +13,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override the kv_cache_memory_bytes that the tests set
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker for each core: threads of one would wait for the other's
+
 import hypothesis
 import numpy as np
 import pytest

@@ -208,7 +208,7 @@ def test_warming_up_launches_every_kernel_and_leaves_no_trace(changes: dict[str,
 
 def test_decode_steps_are_one_for_each_variant(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few; of every query length; and the split counts that serving would choose are among theirs, to a power of two."""
-    monkeypatch.setattr(warm_up, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(triton_path, "multiprocessors", lambda device: 132)
     c, limits = codec(), Limits(256, 8192, 32768)
     steps = warm_up.decode_steps(c, 16, 5, limits, DEVICE)
     assert len(steps) < 120 and {query_len for _, query_len, _ in steps} == {1, 2, 4, 5}

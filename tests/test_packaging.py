@@ -62,7 +62,9 @@ def test_wheel_contents(wheel):
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"vllm_kvsplice", "kvsplice_kernels", "kvsplice_configs"}
     kernels = {f"kvsplice_kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
-    presets = {f"kvsplice_configs/{path.name}" for path in (ROOT / "configs").glob("*.toml")}
+    configs = ROOT / "configs"
+    settings = [*configs.glob("*.toml"), *configs.glob("launch/*.json")]
+    presets = {f"kvsplice_configs/{path.relative_to(configs)}" for path in settings}
     model = {f"vllm_kvsplice/demo/model/{path.name}" for path in (ROOT / "vllm_kvsplice/demo/model").iterdir()}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "vllm_kvsplice").rglob("*.py")}
     assert kernels and presets and modules and len(model) == 7

@@ -79,6 +79,12 @@ def _bench_commands(command: argparse.ArgumentParser) -> None:
             options.bench_kernels_options,
             "kernels against the attention kernels that vLLM ships",
         ),
+        (
+            "launch",
+            _bench_launch,
+            options.bench_launch_options,
+            "find the launch parameters of the decode kernel that this GPU likes best",
+        ),
         ("serve", _bench_serve, options.bench_serve_options, "vLLM's own `vllm bench` over a list of cache settings"),
     ):
         kind = kinds.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
@@ -171,6 +177,12 @@ def _bench_kernels(given: Given) -> int:
     from vllm_kvsplice.bench import kernels
 
     return kernels.run(kernels.KernelsRequest(**_tuples(given)))
+
+
+def _bench_launch(given: Given) -> int:
+    from vllm_kvsplice.bench import launch
+
+    return launch.run(launch.LaunchRequest(**_tuples(given)))
 
 
 def _bench_serve(given: Given) -> int:

@@ -166,7 +166,11 @@ def bench_kernels_options(command: argparse.ArgumentParser) -> None:
     text = "of the decode kernel, repeatable (default: 64x4096 256x2048 16x32768 8x8192 1x32768)"
     add("--shape", dest="shapes", action="append", type=_numbers(2, "x"), metavar="BATCHxCONTEXT", help=text)
     add("--what", action="extend", type=_words, metavar="LIST", help="of decode,write,prefill (default: all)")
-    add("--splits", choices=("chosen", "sweep"), help="as serving chooses (default), or a sweep around that")
+    add(
+        "--splits",
+        choices=("chosen", "sweep"),
+        help="as serving chooses (default), or a sweep around the untuned choice",
+    )
     add("--block-size", dest="block_sizes", action="append", type=int, metavar="N", help="repeatable (default: 16, 64)")
     add(
         "--write-tokens",
@@ -185,6 +189,22 @@ def bench_kernels_options(command: argparse.ArgumentParser) -> None:
     )
     add("--no-peers", dest="peers", action="store_false", help="time kvsplice alone")
     add("--json", metavar="OUT", help="write the result as JSON")
+
+
+def bench_launch_options(command: argparse.ArgumentParser) -> None:
+    """`kvsplice bench launch`."""
+    add = command.add_argument
+    text = "preset or .toml file, repeatable (default: near_lossless, balanced, max, int8, v_only)"
+    add("--preset", dest="presets", action="append", metavar="NAME", help=text)
+    text = "query and KV heads, repeatable (default: 28/4)"
+    add("--heads", action="append", type=_numbers(2, "/"), metavar="Q/KV", help=text)
+    text = "dimensions of a head, repeatable (default: 128)"
+    add("--head-dim", dest="head_dims", action="append", type=int, metavar="N", help=text)
+    text = "repeatable (default: 64x4096 16x32768 8x8192)"
+    add("--shape", dest="shapes", action="append", type=_numbers(2, "x"), metavar="BATCHxCONTEXT", help=text)
+    text = "after which no further candidate is begun (default: 300)"
+    add("--seconds", type=float, metavar="S", help=text)
+    add("--json", metavar="OUT", help="write the result, a file for configs/launch/")
 
 
 def bench_serve_options(command: argparse.ArgumentParser) -> None:

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vllm_kvsplice.bench.kernels_data import Shape
 from vllm_kvsplice.bench.kernels_request import KernelsRequest
 from vllm_kvsplice.errors import KVSpliceError
+
+if TYPE_CHECKING:
+    from kvsplice_kernels.launch import Launch
 
 OURS = "kvsplice"
 BASELINE = ("flash-attention-3", "bf16")
@@ -34,7 +38,8 @@ PEER_NAMES = tuple(dict.fromkeys(kernel for kernel, _ in DECODE_PEERS))
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel at one shape. ``context`` counts the ``query_len`` new tokens in; ``num_splits`` None: as served.
+    """One kernel at one shape. ``context`` counts the ``query_len`` new tokens in; ``num_splits`` and ``launch``
+    None: as served.
 
     A "write" stores ``query_len`` tokens. A "prefill" stores a chunk and attends it to its ``context``.
     """
@@ -49,6 +54,7 @@ class Job:
     query_len: int
     block_size: int
     num_splits: int | None = None
+    launch: Launch | None = None
 
     @property
     def shape(self) -> Shape:
@@ -61,9 +67,9 @@ class Job:
         return self.what, self.heads, self.batch, self.context, self.query_len
 
     @property
-    def group(self) -> tuple[str, str, tuple[int, int], int]:
-        """What the jobs that share compiled kernels have in common."""
-        return self.kernel, self.preset, self.heads, self.block_size
+    def group(self) -> tuple[object, ...]:
+        """What the jobs that are rehearsed in one process have in common: compiled kernels, or launch parameters."""
+        return (self.kernel, self.launch) if self.launch else (self.kernel, self.preset, self.heads, self.block_size)
 
 
 def list_jobs(request: KernelsRequest, num_sms: int) -> list[Job]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,37 +85,66 @@ def make_codec(preset: str, head_dim: int, num_kv_heads: int, device: str) -> Co
     return Codec(layout, k_encode, k_decode, k_mean, v_encode, v_decode, v_mean, prepared)
 
 
-def decode(job: Job, device: Device, copies: int | None) -> Prepared:
-    """Attention of a decode step over codes that the reference wrote."""
-    from kvsplice_kernels import attention
+class DecodeData(NamedTuple):
+    """Codes that the reference wrote, and the queries of a decode step."""
 
+    codec: Codec
+    cache: Tensor
+    batch: Batch
+    shape: Shape
+    bytes: int  # of the cached tokens
+
+
+def decode_data(job: Job, device: Device, copies: int | None) -> DecodeData:
+    """What a decode job reads; pages for ``copies`` calls."""
     shape, codec = job.shape, make_codec(job.preset, job.head_dim, job.heads[1], device.name)
     moved = shape.batch * shape.context * shape.num_kv_heads * codec.layout.bytes_per_token_head
     batch = make_batch(shape, copies or num_copies(moved, device.cold_bytes), device.name)
     cache = codec.make_cache(batch.num_blocks, shape.num_kv_heads, shape.block_size, device.name)
     fill_pages((cache,), shape.block_size, lambda slots: write_random_latents(codec, cache, slots))
-    splits = job.num_splits or attention.choose_num_splits(
-        shape.batch, shape.num_kv_heads, shape.context, device.num_sms
-    )
-    shapes = attention.workspace_shapes(
-        shape.batch, shape.num_heads, codec.layout.rank("k"), codec.layout.rank("v"), splits
-    )
-    work = attention.Workspace(*(torch.empty(s, dtype=torch.float32, device=device.name) for s in shapes))
-    calls: list[Call] = [
-        partial(attend, codec, cache, batch, shape, table, num_splits=splits, workspace=work) for table in batch.tables
-    ]
+    return DecodeData(codec, cache, batch, shape, moved)
+
+
+def decode_calls(data: DecodeData, splits: int, launch: Any) -> list[Call]:
+    """The step once for every block table; ``launch`` None: the kernel's default."""
+    from kvsplice_kernels import attention
+
+    codec, cache, batch, shape, _ = data
+    ranks = codec.layout.rank("k"), codec.layout.rank("v")
+    shapes = attention.workspace_shapes(shape.num_queries, shape.num_heads, *ranks, splits)
+    work = attention.Workspace(*(torch.empty(s, dtype=torch.float32, device=cache.device) for s in shapes))
+    return [partial(attend, codec, cache, batch, shape, table, splits, work, launch) for table in batch.tables]
+
+
+def decode(job: Job, device: Device, copies: int | None) -> Prepared:
+    """Attention of a decode step over codes that the reference wrote."""
+    from kvsplice_kernels.attention import choose_num_splits
+    from vllm_kvsplice.launch import tuned
+
+    data = decode_data(job, device, copies)
+    shape, group = data.shape, job.heads[0] // job.heads[1]
+    launch = job.launch or tuned(data.codec.layout, group, shape.query_len, data.cache.device)
+    splits = job.num_splits or choose_num_splits(shape.batch, shape.num_kv_heads, shape.context, device.num_sms, launch)
+    calls = decode_calls(data, splits, launch)
     return Prepared(
         calls,
-        lambda: _check_decode(codec, cache, batch, shape, calls[0]),
+        lambda: decode_error(data, calls[0], last_request(data)),
         ATTENTION_TOLERANCE,
-        moved,
+        data.bytes,
         splits,
-        stages=_stages(calls, cache, moved),
+        stages=_stages(calls, data.cache, data.bytes),
     )
 
 
 def attend(
-    codec: Codec, cache: Tensor, batch: Batch, shape: Shape, table: Tensor, num_splits: int, workspace: Any = None
+    codec: Codec,
+    cache: Tensor,
+    batch: Batch,
+    shape: Shape,
+    table: Tensor,
+    num_splits: int,
+    workspace: Any = None,
+    launch: Any = None,
 ) -> None:
     """One paged_attention call of the whole batch into batch.out."""
     from kvsplice_kernels import attention
@@ -135,6 +164,7 @@ def attend(
         shape.query_len,
         num_splits,
         workspace=workspace,
+        launch=launch,
     )
 
 
@@ -200,12 +230,16 @@ def write_random_latents(codec: Codec, cache: Tensor, slots: Tensor) -> None:
         reference.write_side(cache, z, plan, slots, WIDE)
 
 
-def _check_decode(codec: Codec, cache: Tensor, batch: Batch, shape: Shape, call: Call) -> float:
-    """Of the last request, against the reference in fp64."""
-    batch.out.fill_(float("nan"))
+def last_request(data: DecodeData) -> Tensor:
+    """The exact attention of the last request over the first block table, fp64."""
+    return latent_reference(data.codec, data.cache, data.batch, data.shape, data.shape.query_len)
+
+
+def decode_error(data: DecodeData, call: Call, exact: Tensor) -> float:
+    """Relative error of what a call over the first block table wrote for the last request."""
+    data.batch.out.fill_(float("nan"))
     call()
-    exact = latent_reference(codec, cache, batch, shape, shape.query_len)
-    return relative_error(batch.out[-shape.query_len :], exact)
+    return relative_error(data.batch.out[-data.shape.query_len :], exact)
 
 
 def latent_reference(codec: Codec, cache: Tensor, batch: Batch, shape: Shape, rows: int) -> Tensor:

@@ -20,7 +20,8 @@ class KernelsRequest:
         heads: (query heads, KV heads). shapes: (requests, tokens of each) of the decode kernel.
         what: "decode", "write" and "prefill". peers: other kernels beside ours, where they can be imported; peer: those of
             these names alone, for example "flash-attention-3".
-        json: file for the result. splits: the count that serving would choose, or a "sweep" around it.
+        json: file for the result. splits: the count that serving would choose, or a "sweep" around the
+            one of the default launch.
         block_sizes: of our decode kernel. write_tokens: tokens of a cache write.
         chunks: (requests, new tokens of each, tokens that each has in the cache before) of a prefill.
     """

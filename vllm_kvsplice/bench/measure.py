@@ -20,6 +20,7 @@ from typing import Any
 from vllm_kvsplice.bench import analysis
 from vllm_kvsplice.bench.client import Client
 from vllm_kvsplice.bench.commands import WARMUP_PROMPTS, Load, bench_serve, server_args, write_trace
+from vllm_kvsplice.bench.memory import PeakMemory
 from vllm_kvsplice.bench.request import ServeBenchRequest, Setting
 from vllm_kvsplice.demo.server import Server
 
@@ -59,6 +60,7 @@ def new_record(setting: Setting) -> dict[str, Any]:
         "codec": None,
         "start_s": None,
         "capacity": None,
+        "memory": None,
         "attention": [],
         "points": [],
         "sweep": [],
@@ -89,13 +91,21 @@ def measure(
         record["attention"] = attention_lines(server.log.read_text(errors="replace"))
         progress(f"up after {record['start_s']:.0f} s, room for {record['capacity']['tokens']:,} tokens")
         bench = Bench(request, server, client, model, work)
-        _warm_up(bench)
-        for number, (batch, context) in enumerate(request.points):
-            record["points"].append(_point(bench, number, batch, context, record["capacity"]["tokens"]))
-            progress(_point_line(record["points"][-1]))
-        for number, users in enumerate(request.concurrency):
-            record["sweep"].append(_sweep(bench, number, users))
-            progress(f"{users} users: {record['sweep'][-1]['fresh']['vllm']['output_throughput']:.0f} output tokens/s")
+        with PeakMemory() as memory:
+            _measure_loads(bench, record, progress)
+        record["memory"] = asdict(memory)
+
+
+def _measure_loads(bench: Bench, record: dict[str, Any], progress: Progress) -> None:
+    """All points and the sweep of a server that is up."""
+    request = bench.request
+    _warm_up(bench)
+    for number, (batch, context) in enumerate(request.points):
+        record["points"].append(_point(bench, number, batch, context, record["capacity"]["tokens"]))
+        progress(_point_line(record["points"][-1]))
+    for number, users in enumerate(request.concurrency):
+        record["sweep"].append(_sweep(bench, number, users))
+        progress(f"{users} users: {record['sweep'][-1]['fresh']['vllm']['output_throughput']:.0f} output tokens/s")
 
 
 def attention_lines(log: str) -> list[str]:

@@ -44,14 +44,20 @@ def _head(result: dict[str, Any]) -> str:
 
 
 def _overview(result: dict[str, Any]) -> str:
-    rows = [["setting", "tokens that fit", "", "bytes/token/head", "start s"]]
+    rows = [["setting", "tokens that fit", "", "bytes/token/head", "start s", "peak of GPU memory"]]
     base = result["settings"][0]
     for s in result["settings"]:
         size = f"{s['codec']['bytes_per_token_head']:.0f}" if s["codec"] else ""
         start = f"{s['start_s']:.0f}" if s["start_s"] is not None else "-"
         fit, of_base = analysis.tokens(s), analysis.tokens(base)
-        rows.append([s["name"], *_cell(fit, of_base, ",.0f", s is base), size, start])
+        rows.append([s["name"], *_cell(fit, of_base, ",.0f", s is base), size, start, _peak(s)])
     return table(rows)
+
+
+def _peak(setting: dict[str, Any]) -> str:
+    """Share of the GPU's memory in use at most; of a result from before it was measured, nothing."""
+    memory = setting.get("memory")
+    return f"{memory['peak_bytes'] / memory['total_bytes']:.1%}" if memory and memory["peak_bytes"] else ""
 
 
 def _by_point(title: str, settings: list[dict[str, Any]], key: str, form: str) -> str:

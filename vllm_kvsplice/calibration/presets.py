@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import tomllib
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_kvsplice.codec.bases import Equalise
 from vllm_kvsplice.codec.layout import TIER_MULTIPLE, LatentLayout, Side
+from vllm_kvsplice.config_files import installed
 from vllm_kvsplice.errors import KVSpliceError
 
-PACKAGE = "kvsplice_configs"
 OVERRIDE_BITS = (16, 8, 4, 2)
 
 
@@ -68,7 +67,7 @@ class Recipe(_Strict):
 
 def preset_names() -> list[str]:
     """Names of the presets that are installed."""
-    return sorted(_preset_files())
+    return sorted(installed("*.toml"))
 
 
 def load_preset(name_or_path: str) -> Recipe:
@@ -80,7 +79,7 @@ def load_preset(name_or_path: str) -> Recipe:
             raise KVSpliceError(
                 f"preset file {name_or_path} cannot be read ({error.strerror}): give a TOML file or one of {', '.join(preset_names())}."
             ) from None
-    presets = _preset_files()
+    presets = installed("*.toml")
     if name_or_path not in presets:
         raise KVSpliceError(
             f"preset {name_or_path!r} is not known: expected {', '.join(preset_names())}, or the path of a .toml file."
@@ -117,14 +116,6 @@ def tier_dims(tiers: tuple[TierShare, ...], head_dim: int) -> list[tuple[int, in
     left = head_dim - sum(dims)
     pairs = [(t.bits, left if t.share == "rest" else n) for t, n in zip(tiers, dims, strict=True)]
     return [(bits, n) for bits, n in pairs if n != 0]
-
-
-def _preset_files() -> dict[str, Path]:
-    """The installed preset files by name."""
-    spec = find_spec(PACKAGE)
-    # Not importlib.resources: before Python 3.13 it fails on a namespace package of an editable install.
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    return {path.stem: path for folder in folders if Path(folder).is_dir() for path in Path(folder).glob("*.toml")}
 
 
 def _rounded(dims: float) -> int:

@@ -16,8 +16,10 @@ from torch import Tensor
 from kvsplice_kernels.attention import Workspace, choose_num_splits, paged_attention, workspace_shapes
 from kvsplice_kernels.cache_write import cache_write
 from kvsplice_kernels.encode import Prepared
+from kvsplice_kernels.launch import Launch
 from kvsplice_kernels.write_and_project import write_and_project
 from vllm_kvsplice.codec.layout import LatentLayout
+from vllm_kvsplice.launch import tuned
 from vllm_kvsplice.serving import cached_prefill, fallback_attention
 from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits, bases_of, prepared_of
 from vllm_kvsplice.serving.metadata import Prefills, Requests
@@ -63,9 +65,7 @@ def decode(
     ``written``: the step's keys and values, stored in the launch that projects the queries; None if they are already.
     The split count depends on host numbers that are fixed when a CUDA graph is captured.
     """
-    splits = choose_num_splits(
-        requests.num_reqs, codec.num_kv_heads, requests.max_seq_len, multiprocessors(query.device)
-    )
+    splits = num_splits(codec, requests.num_reqs, requests.max_query_len, requests.max_seq_len, query.device)
     work = Workspace(*workspace(*_shapes(codec, query.shape[0], splits)))
     if written is not None:
         both, latent = plans(codec, kv_cache), (work.q_latent, work.q_bias)
@@ -142,9 +142,20 @@ def reserve(
         limits = Limits(max_num_seqs, max_tokens, max_seq_len)
         wanted.append(cached_prefill.scratch_shapes(codec, limits, codec.wide_dtype))
     for num_reqs in range(1, max_num_seqs + 1):
-        splits = choose_num_splits(num_reqs, codec.num_kv_heads, max_seq_len, multiprocessors(device))
+        splits = max(num_splits(codec, num_reqs, n, max_seq_len, device) for n in range(1, decode_query_len + 1))
         wanted.append(_shapes(codec, min(num_reqs * decode_query_len, max_tokens), splits))
     workspace(*max(wanted, key=lambda shapes: sum(-(-prod(s) * d.itemsize // 256) for s, d in shapes)))
+
+
+def num_splits(codec: LayerCodec, num_reqs: int, max_query_len: int, max_seq_len: int, device: torch.device) -> int:
+    """Splits of a decode step, for the launch that it gets."""
+    found = launch_of(codec, max_query_len, device)
+    return choose_num_splits(num_reqs, codec.num_kv_heads, max_seq_len, multiprocessors(device), found)
+
+
+def launch_of(codec: LayerCodec, max_query_len: int, device: torch.device) -> Launch | None:
+    """The tuned launch of decode, see vllm_kvsplice.launch."""
+    return tuned(codec.layout, codec.num_heads // codec.num_kv_heads, max_query_len, device)
 
 
 def most_latent_tokens(codec: LayerCodec, max_tokens: int) -> int:
@@ -170,12 +181,13 @@ def attend_codes(
     kv_cache: Tensor,
     requests: Requests,
     out: Tensor,
-    num_splits: int,
+    splits: int,
     skip_first_chunks: bool,
     max_query_len: int | None = None,
     work: Workspace | None = None,
     projected: bool = False,
 ) -> None:
+    longest = max_query_len or requests.max_query_len
     paged_attention(
         query,
         kv_cache,
@@ -186,20 +198,21 @@ def attend_codes(
         requests.query_start_loc,
         codec.scale,
         out,
-        max_query_len or requests.max_query_len,
-        num_splits,
+        longest,
+        splits,
         codec.sliding_window,
         codec.soft_cap,
         codec.wide_dtype,
         skip_first_chunks,
-        work or Workspace(*workspace(*_shapes(codec, query.shape[0], num_splits))),
+        work or Workspace(*workspace(*_shapes(codec, query.shape[0], splits))),
         projected,
+        launch_of(codec, longest, query.device),
     )
 
 
-def _shapes(codec: LayerCodec, num_tokens: int, num_splits: int) -> Shapes:
+def _shapes(codec: LayerCodec, num_tokens: int, splits: int) -> Shapes:
     ranks = codec.layout.rank("k"), codec.layout.rank("v")
-    return tuple((s, torch.float32) for s in workspace_shapes(num_tokens, codec.num_heads, *ranks, num_splits))
+    return tuple((s, torch.float32) for s in workspace_shapes(num_tokens, codec.num_heads, *ranks, splits))
 
 
 @lru_cache(maxsize=8)

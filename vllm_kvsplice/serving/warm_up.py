@@ -15,7 +15,6 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from kvsplice_kernels.attention import choose_num_splits
 from kvsplice_kernels.cache_write import write_tiles
 from kvsplice_kernels.encode import prepare
 from kvsplice_kernels.project_query import query_tiles
@@ -33,7 +32,7 @@ from vllm_kvsplice.serving.triton_path import (
     decode,
     flash_attends,
     most_latent_tokens,
-    multiprocessors,
+    num_splits,
     plans,
     plans_of,
     write,
@@ -113,7 +112,7 @@ def decode_steps(
         project = query_tiles(tokens, group, layout.head_dim, layout.rank("k"))
         block_t = write_tiles(tokens, codec.num_kv_heads, layout.head_dim, both).block_t
         for length in lengths:
-            splits = choose_num_splits(num_reqs, codec.num_kv_heads, length, multiprocessors(device))
+            splits = num_splits(codec, num_reqs, query_len, length, device)
             tiles = reduce_tiles(tokens * codec.num_heads, group, query_len, layout.head_dim, rank_pad, splits)
             write = "write", block_t, project.block_m, project.block_r
             reduce = "reduce", query_len == 1, query_len <= tiles.tile_tokens, (splits - 1).bit_length(), tiles

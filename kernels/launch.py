@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the decode kernel is launched: warps, pipeline stages, registers, and programs on a multiprocessor.
+
+In: a step's columns and the plan of V. Out: ``Launch``, which changes speed and nothing else. A default for every GPU is
+here; what a GPU likes better is measured by `kvsplice bench launch` and handed in by the caller.
+"""
+
+from dataclasses import dataclass
+
+from kvsplice_kernels.operands import num_accumulators
+from kvsplice_kernels.plan import Plan
+
+PROGRAMS = 8  # the fastest of a sweep on an H200 at 1 x 32k, 8 x 8k, 64 x 4k and 16 x 32k tokens
+MOST_ACCUMULATORS = 20  # of 4 registers each, that 200 registers hold beside the rest
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One way to launch decode.
+
+    num_warps: of a program. num_stages: of the loop over tiles. maxnreg: most registers of a thread, None: up to 255.
+    programs: on a multiprocessor, in one wave, that choose_num_splits cuts the keys for.
+    """
+
+    num_warps: int
+    num_stages: int = 3
+    maxnreg: int | None = None
+    programs: int = PROGRAMS
+
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of a Triton launch."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.maxnreg is None else options | {"maxnreg": self.maxnreg}
+
+
+def default_launch(columns: int, ranks: int, v_plan: Plan) -> Launch:
+    """A warp for every 16 columns. Ten warps of 200 registers fit a multiprocessor, eight without a limit, which the
+    layouts of many narrow runs of V want: theirs would spill. ``ranks``: stored dimensions of K and V together."""
+    limited = columns <= 8 and ranks <= 256 and num_accumulators(v_plan) <= MOST_ACCUMULATORS
+    return Launch(max(1, columns // 16), maxnreg=200 if limited else None)

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which launch parameters are tried, and which are chosen by their times. Nothing is run here. Next: ``launch_sweep``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from kvsplice_kernels.launch import Launch
+
+# Programs of more warps are right, but each warp repeats most of a tile's instructions (624 of 669 at two, compiled for
+# sm_90), so they come last, when the time may be up.
+WARPS = 1, 2  # times the default's
+STAGES = 3, 2, 4
+REGISTERS = 200, 168, None, 128  # of a thread: 10, 12, 8 and 16 warps on a multiprocessor
+PROGRAMS = 8, 10, 12, 16, 6
+LEAST_GAIN = 1.02  # below this, a default that all GPUs share is worth more
+
+
+class Choice(NamedTuple):
+    """The fastest of what was timed; ``speedup``: geometric mean over the points, of the default's time over its own."""
+
+    best: Launch
+    speedup: float
+
+    @property
+    def launch(self) -> Launch | None:
+        """What to launch with; None: the default, which nothing beats by enough."""
+        return self.best if self.speedup >= LEAST_GAIN else None
+
+
+def variants(default: Launch) -> list[Launch]:
+    """What is compiled, the default first; programs are the default's."""
+    grid = product(WARPS, STAGES, REGISTERS)
+    found = [replace(default, num_warps=w * default.num_warps, num_stages=s, maxnreg=r) for w, s, r in grid]
+    return list(dict.fromkeys([default, *found]))
+
+
+def candidates(default: Launch, usable: Sequence[Launch]) -> list[Launch]:
+    """What is timed: every usable variant with every count of programs, the default first."""
+    found = [replace(variant, programs=n) for variant in usable for n in PROGRAMS]
+    return list(dict.fromkeys([default, *found]))
+
+
+def ranked(default: Launch, times: Mapping[Launch, Sequence[float]]) -> list[Choice]:
+    """All launches but the default, fastest first. ``times``: of each at every point, the default among them."""
+    base = times[default]
+    found = [Choice(launch, _speedup(base, own)) for launch, own in times.items() if launch != default]
+    return sorted(found, key=lambda choice: -choice.speedup)
+
+
+def choose(default: Launch, times: Mapping[Launch, Sequence[float]]) -> Choice:
+    """The fastest; the default itself where nothing else was timed."""
+    return next(iter(ranked(default, times)), Choice(default, 1.0))
+
+
+def _speedup(base: Sequence[float], own: Sequence[float]) -> float:
+    return math.exp(sum(math.log(b / o) for b, o in zip(base, own, strict=True)) / len(base))
