@@ -22,6 +22,7 @@ COMMANDS = (
     "calibrate",
     "eval",
     "compare",
+    "study",
     "inspect",
     "plan",
     "bench",

@@ -156,7 +156,7 @@ def test_errors_are_over_windows_and_spread_over_samples():
 def test_one_window_has_no_error():
     row = rows.row_of(registry.RIVALS[0], Geometry(1, 1, 64, 10), [[Scores(10, 20.0, 20.1, 0.1, 0.1, 9)]], [], [[]])
     assert math.isnan(row["kld"]["se"]) and row["kld"]["sd"] is None
-    assert rows._cells(row)[6:8] == ["-", "-"]
+    assert rows.cells(row)[6:8] == ["-", "-"]
 
 
 def test_the_front_has_no_row_that_another_beats():

@@ -50,6 +50,12 @@ def parser() -> argparse.ArgumentParser:
             "score published KV cache codecs and kvsplice's on the same tokens",
         ),
         (
+            "study",
+            _study,
+            options.study_options,
+            "rank, bits, K against V, calibration and more: what each choice of the codec costs on a model",
+        ),
+        (
             "tune",
             _tune,
             options.tune_options,
@@ -116,6 +122,16 @@ def _compare(given: Given) -> int:
         return compare.run(compare.CompareRequest(**_tuples(given)))
 
     _reported(given, run, rows.comparison_table, plot.draw)
+    return 0
+
+
+def _study(given: Given) -> int:
+    from vllm_kvsplice.lab import study, study_report
+
+    def run() -> dict[str, Any]:
+        return study.run(study.request_of(_tuples(given)))
+
+    _reported(given, run, study_report.study_tables, study_report.draw)
     return 0
 
 

@@ -21,7 +21,7 @@ def calibrate_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--preset",
         metavar="NAME",
-        help="near_lossless (default), int8, v_only, orthogonal, orthogonal_int8, orthogonal_int4, none, or a .toml file",
+        help="near_lossless (default), balanced, max, int8, v_only, orthogonal, orthogonal_int8, orthogonal_int4, none; a mode: default, high_compression, memory_emergency; or a .toml file",
     )
     command.add_argument("--samples", type=int, metavar="N", help="windows of text (default: 64)")
     command.add_argument(
@@ -91,6 +91,34 @@ def compare_options(command: argparse.ArgumentParser) -> None:
     add("--projector", dest="projectors", action="append", metavar="FILE", help="projector file to add, repeatable")
     add("--samples", type=int, metavar="N", help="windows of text in a calibration (default: 32)")
     add("--seeds", type=int, metavar="N", help="calibrations, each on other windows (default: 3)")
+    add("--seq-len", type=int, metavar="N", help="tokens per window (default: 2048, or what the model holds)")
+    add("--windows", type=int, metavar="N", help="windows scored (default: the whole text)")
+    add("--needle", type=int, metavar="N", help="retrieval samples (default: none)")
+    add("--needle-len", type=int, metavar="L", help="tokens per retrieval sample (default: as --seq-len)")
+    _place(command)
+    add("--json", metavar="OUT", default=None, help="write the result as JSON")
+    add("--plot", metavar="OUT", default=None, help="write a plot as PNG (needs matplotlib)")
+
+
+def study_options(command: argparse.ArgumentParser) -> None:
+    """`kvsplice study`."""
+    add = command.add_argument
+    add("model", nargs="?", metavar="MODEL", help="Hugging Face id, or folder (default: the recipe's)")
+    add(
+        "--recipe", metavar="FILE", help="TOML file of options, see configs/recipes/; what is given here goes before it"
+    )
+    names = "rank, bits, sides, nullspace, gamma, calibration, domain, seeds, joint, modes; with commas or repeated (default: all)"
+    add("--study", dest="studies", action="extend", type=_words, metavar="LIST", help=names)
+    scored = command.add_mutually_exclusive_group()
+    scored.add_argument(
+        "--text", metavar="FILE", help="UTF-8 text to score on (default: held-out part of the built-in English)"
+    )
+    scored.add_argument("--score-dataset", choices=("wikitext2", "c4"), help="test part of a data set to score on")
+    text = command.add_mutually_exclusive_group()
+    text.add_argument("--calibration", metavar="FILE", help="UTF-8 text to calibrate on (default: built-in English)")
+    text.add_argument("--dataset", choices=("wikitext2", "c4"), help="data set to calibrate on, through `datasets`")
+    add("--samples", type=int, metavar="N", help="windows of text in a calibration (default: 32)")
+    add("--seeds", type=int, metavar="N", help="calibrations of the study `seeds` (default: 3)")
     add("--seq-len", type=int, metavar="N", help="tokens per window (default: 2048, or what the model holds)")
     add("--windows", type=int, metavar="N", help="windows scored (default: the whole text)")
     add("--needle", type=int, metavar="N", help="retrieval samples (default: none)")

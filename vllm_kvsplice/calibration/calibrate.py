@@ -24,7 +24,7 @@ from vllm_kvsplice import __version__
 from vllm_kvsplice.calibration import moments
 from vllm_kvsplice.calibration.hf_attention import load_model, output_weights, transformed_kv
 from vllm_kvsplice.calibration.moments import Moments
-from vllm_kvsplice.calibration.presets import Recipe, SideRecipe, load_preset, resolve
+from vllm_kvsplice.calibration.presets import Recipe, SideRecipe, load_preset, resolve, shown_preset
 from vllm_kvsplice.calibration.texts import Text, load_text, token_windows
 from vllm_kvsplice.codec import bases
 from vllm_kvsplice.codec.fingerprint import ModelShape, model_shape, shown_name
@@ -102,7 +102,7 @@ def _metadata(
 ) -> Metadata:
     return build_metadata(
         model.config,
-        Path(request.preset).stem if request.preset.endswith(".toml") else request.preset,
+        shown_preset(request.preset),
         model_name=shown_name(request.model),
         recipe=recipe.model_dump(mode="json") | {"bytes_per_token_head": layout.bytes_per_token_head},
         calibration=calibration,

@@ -20,6 +20,8 @@ from vllm_kvsplice.config_files import installed
 from vllm_kvsplice.errors import KVSpliceError
 
 OVERRIDE_BITS = (16, 8, 4, 2)
+# Names for what a preset is wanted for; each is that preset and nothing else.
+MODES = {"default": "near_lossless", "high_compression": "balanced", "memory_emergency": "max"}
 
 
 class _Strict(BaseModel):
@@ -71,7 +73,7 @@ def preset_names() -> list[str]:
 
 
 def load_preset(name_or_path: str) -> Recipe:
-    """Read a preset by name, or a TOML file by a path that ends in .toml; raises KVSpliceError if there is none."""
+    """Read a preset by its name or a mode's, or a TOML file by a path that ends in .toml; KVSpliceError if there is none."""
     if name_or_path.endswith(".toml"):
         try:
             return _parse(name_or_path, Path(name_or_path).read_bytes())
@@ -80,11 +82,17 @@ def load_preset(name_or_path: str) -> Recipe:
                 f"preset file {name_or_path} cannot be read ({error.strerror}): give a TOML file or one of {', '.join(preset_names())}."
             ) from None
     presets = installed("*.toml")
-    if name_or_path not in presets:
+    name = MODES.get(name_or_path, name_or_path)
+    if name not in presets:
         raise KVSpliceError(
-            f"preset {name_or_path!r} is not known: expected {', '.join(preset_names())}, or the path of a .toml file."
+            f"preset {name!r} is not known: expected {', '.join(preset_names())}, a mode ({', '.join(MODES)}), or the path of a .toml file."
         )
-    return _parse(name_or_path, presets[name_or_path].read_bytes())
+    return _parse(name, presets[name].read_bytes())
+
+
+def shown_preset(name_or_path: str) -> str:
+    """What a projector file says that it was made by: a preset's own name, or the file's without its folder."""
+    return Path(name_or_path).stem if name_or_path.endswith(".toml") else MODES.get(name_or_path, name_or_path)
 
 
 def resolve(
@@ -104,7 +112,12 @@ def resolve(
     if rank is not None:
         v = _with_rank(v, rank, head_dim)
     recipe = recipe.model_copy(update={"k": k, "v": v})
-    return LatentLayout.of(head_dim, tier_dims(k.tiers, head_dim), tier_dims(v.tiers, head_dim)), recipe
+    return layout_of(recipe, head_dim), recipe
+
+
+def layout_of(recipe: Recipe, head_dim: int) -> LatentLayout:
+    """The layout of a recipe at a head_dim; KVSpliceError if its tiers do not make one."""
+    return LatentLayout.of(head_dim, tier_dims(recipe.k.tiers, head_dim), tier_dims(recipe.v.tiers, head_dim))
 
 
 def tier_dims(tiers: tuple[TierShare, ...], head_dim: int) -> list[tuple[int, int]]:

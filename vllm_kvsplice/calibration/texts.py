@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,13 @@ DATASETS: dict[str, tuple[str, str | None, str | None, str]] = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "train"),
     "c4": ("allenai/c4", None, "en/c4-train.00000-of-01024.json.gz", "train"),
 }
+HELD_OUT_DATASETS = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "test"),
+    "c4": ("allenai/c4", None, "en/c4-validation.00000-of-00008.json.gz", "train"),
+}
+# Modules of the standard library, written in Python: to calibrate on, and to score on.
+CODE = ("argparse", "doctest", "inspect", "tarfile", "typing", "zipfile")
+HELD_OUT_CODE = ("configparser", "optparse", "pickle", "subprocess", "threading")
 _RULE = re.compile(r"[\W_]+")  # a line of punctuation: underlines, table borders
 
 
@@ -44,15 +52,15 @@ class Text:
 def load_text(path: str | None = None, dataset: str | None = None, held_out: bool = False) -> Text:
     """The text of a UTF-8 file, or of a data set ("wikitext2", "c4"), or the built-in one; at most 32 Mi characters.
 
-    ``held_out`` asks for the part of the built-in text that is never calibrated on. Raises KVSpliceError if both are
-    given, the file is not readable text, or the data set cannot be had.
+    ``held_out`` asks for the part of the built-in text, or of the data set, that is never calibrated on. Raises
+    KVSpliceError if both are given, the file is not readable text, or the data set cannot be had.
     """
     if path and dataset:
         raise KVSpliceError(
             f"both a text file ({path}) and a data set ({dataset}) are given: pass --text or --dataset."
         )
     if dataset:
-        return Text(dataset, _dataset(dataset))
+        return Text(dataset + (" (held out)" if held_out else ""), _dataset(dataset, held_out))
     if path:
         return Text(Path(path).name, _file(Path(path)))
     return Text(BUILTIN + (" (held out)" if held_out else ""), builtin_text(held_out))
@@ -73,6 +81,14 @@ def builtin_text(held_out: bool = False) -> str:
         return seen
     known = set(seen.split("\n\n"))
     return "\n\n".join(p for p in prose(topics[name] for name in scored).split("\n\n") if p not in known)
+
+
+def code_text(held_out: bool = False) -> Text:
+    """Source code: some modules of this Python's standard library, or others of it, ``held_out``."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    names = HELD_OUT_CODE if held_out else CODE
+    name = "Python's standard library" + (" (held out)" if held_out else "")
+    return Text(name, "\n".join(_file(folder / f"{module}.py") for module in names))
 
 
 def prose(documents: Iterable[str]) -> str:
@@ -138,7 +154,7 @@ def _file(path: Path) -> str:
     return content
 
 
-def _dataset(name: str) -> str:
+def _dataset(name: str, held_out: bool) -> str:
     if name not in DATASETS:
         raise KVSpliceError(
             f"data set {name!r} is not known: expected {' or '.join(DATASETS)}, or a file by --text FILE."
@@ -149,7 +165,7 @@ def _dataset(name: str) -> str:
         raise KVSpliceError(
             f"data set {name} needs the datasets package: `pip install datasets`, or give a file by --text FILE."
         ) from None
-    path, configuration, files, split = DATASETS[name]
+    path, configuration, files, split = (HELD_OUT_DATASETS if held_out else DATASETS)[name]
     try:
         rows = load_dataset(path, configuration, data_files=files, split=split, streaming=True)
         return _joined(row["text"] for row in rows)

@@ -12,18 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_kvsplice.calibration.hf_attention import load_model
-from vllm_kvsplice.calibration.texts import Text, load_text, refuse_overlap, special_prefix, token_windows
-from vllm_kvsplice.codec.fingerprint import model_shape, shown_name
+from vllm_kvsplice.calibration.texts import Text, load_text, refuse_overlap, token_windows
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.lab import registry
 from vllm_kvsplice.lab.codec import Codec, Geometry, Setup
+from vllm_kvsplice.lab.loaded import Loaded, load
 from vllm_kvsplice.lab.rows import row_of
 from vllm_kvsplice.lab.score import Candidate, score_needles, score_windows
-from vllm_kvsplice.lab.statistics import LayerStatistics, collect, with_fisher
-from vllm_kvsplice.scoring.evaluate import choose_seq_len, cut_windows
+from vllm_kvsplice.lab.statistics import LayerStatistics, collect, with_fisher, with_joint
 from vllm_kvsplice.scoring.metrics import Scores
-from vllm_kvsplice.scoring.needle import Needle, NeedleTask, fraction, make_samples
+from vllm_kvsplice.scoring.needle import Needle, fraction
 from vllm_kvsplice.scoring.results import provenance
 
 
@@ -54,33 +52,26 @@ def run(request: CompareRequest) -> dict[str, Any]:
     if request.seeds < 1:
         raise KVSpliceError(f"--seeds {request.seeds} leaves nothing to calibrate with: expected at least 1.")
     codecs = registry.choose(request.codecs, request.projectors)
-    text, calibration = texts(request)
-    model, tokenizer = load_model(request.model, request.device, request.dtype)
-    shape = model_shape(model.config)
-    seq_len = choose_seq_len(model.config, request.seq_len)
-    geometry = Geometry(shape.num_hidden_layers, shape.num_kv_heads, shape.head_dim, seq_len)
+    text = load_text(request.text, held_out=True)
+    calibration = load_text(request.calibration, request.dataset)
+    refuse_overlap(text, calibration, "--calibration")
+    loaded = load(request.model, request.device, request.dtype, request.seq_len)
+    model, geometry = loaded.model, loaded.geometry
     codecs, left_out = _that_fit(codecs, geometry, refuse=bool(request.codecs))
-    ids = list(tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids)
-    windows = cut_windows(ids, special_prefix(tokenizer), seq_len, request.windows)
-    needles = _needles(request, model, tokenizer, ids, seq_len)
-    candidates, unprepared = prepare(request, codecs, model, tokenizer, calibration, geometry)
+    ids = loaded.ids(text)
+    windows = loaded.windows(ids, request.windows)
+    needles = loaded.needles(ids, request.needle, request.needle_len)
+    candidates, unprepared = prepare(request, codecs, loaded, calibration)
     scores = score_windows(model, candidates, windows)
     base_hits, hits = score_needles(model, candidates, needles)
     total = sum(scores[0], Scores())
     return {
-        "model": {
-            "name": shown_name(request.model),
-            "digest": shape.digest,
-            "revision": getattr(model.config, "_commit_hash", None),
-        },
+        **loaded.described(request.model),
         "text": {"name": text.name, "sha256": text.sha256},
         "calibration": {"name": calibration.name, "sha256": calibration.sha256, "samples": request.samples},
         "seeds": request.seeds,
-        "seq_len": seq_len,
         "windows": len(windows),
         "tokens": total.tokens,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
         "needle_samples": len(needles),
         "needle_length": len(needles[0].prompt) + len(needles[0].answer) if needles else None,
         "baseline": {
@@ -93,16 +84,8 @@ def run(request: CompareRequest) -> dict[str, Any]:
     }
 
 
-def texts(request: CompareRequest) -> tuple[Text, Text]:
-    """The text to score and the one to calibrate on; KVSpliceError if one holds the other."""
-    text = load_text(request.text, held_out=True)
-    calibration = load_text(request.calibration, request.dataset)
-    refuse_overlap(text, calibration, "--calibration")
-    return text, calibration
-
-
 def prepare(
-    request: CompareRequest, codecs: Sequence[Codec], model: Any, tokenizer: Any, text: Text, geometry: Geometry
+    request: CompareRequest, codecs: Sequence[Codec], loaded: Loaded, text: Text
 ) -> tuple[list[Candidate], dict[str, str]]:
     """Every codec, those that need calibration once per sample of the text; and why a codec cannot be had for this model,
     which is an error where it was asked for."""
@@ -113,7 +96,7 @@ def prepare(
     def add(chosen: Sequence[Codec], seed: int, seen: dict[int, LayerStatistics]) -> None:
         for codec in chosen:
             try:
-                candidates.append(Candidate(codec, seed, codec.prepare(Setup(model, geometry, seen))))
+                candidates.append(Candidate(codec, seed, codec.prepare(Setup(loaded.model, loaded.geometry, seen))))
             except KVSpliceError as error:
                 if request.codecs:
                     raise
@@ -121,23 +104,19 @@ def prepare(
 
     add(plain, 0, {})
     for seed in range(request.seeds if asking else 0):
-        add(asking, seed, calibrate(request, model, tokenizer, text, geometry, seed, asking))
+        add(asking, seed, calibrate(loaded, text, request.samples, seed, asking))
     return candidates, left_out
 
 
 def calibrate(
-    request: CompareRequest,
-    model: Any,
-    tokenizer: Any,
-    text: Text,
-    geometry: Geometry,
-    seed: int,
-    codecs: Sequence[Codec],
+    loaded: Loaded, text: Text, samples: int, seed: int, codecs: Sequence[Codec]
 ) -> dict[int, LayerStatistics]:
-    """Statistics of one sample of the calibration text, in windows as long as the scored ones."""
-    windows = token_windows(text, tokenizer, geometry.seq_len, request.samples, seed)
-    seen = collect(model, windows)
-    return with_fisher(model, windows, seen) if any(c.needs == "gradients" for c in codecs) else seen
+    """Statistics of one sample of a text, in windows as long as the scored ones, with what the codecs need."""
+    windows = token_windows(text, loaded.tokenizer, loaded.geometry.seq_len, samples, seed)
+    seen = collect(loaded.model, windows)
+    needs = {c.needs for c in codecs}
+    seen = with_joint(loaded.model, windows, seen) if "joint" in needs else seen
+    return with_fisher(loaded.model, windows, seen) if "gradients" in needs else seen
 
 
 def _that_fit(codecs: Sequence[Codec], geometry: Geometry, refuse: bool) -> tuple[list[Codec], dict[str, str]]:
@@ -153,13 +132,6 @@ def _that_fit(codecs: Sequence[Codec], geometry: Geometry, refuse: bool) -> tupl
         else:
             fitting.append(codec)
     return fitting, left_out
-
-
-def _needles(request: CompareRequest, model: Any, tokenizer: Any, ids: Sequence[int], seq_len: int) -> list[Needle]:
-    if not request.needle:
-        return []
-    length = choose_seq_len(model.config, request.needle_len or seq_len)
-    return make_samples(tokenizer, ids, NeedleTask(request.needle, length))
 
 
 def _rows(

@@ -9,7 +9,7 @@ from pathlib import Path
 from vllm_kvsplice.calibration.calibrate import solve_layers
 from vllm_kvsplice.calibration.hf_attention import transformed_kv
 from vllm_kvsplice.calibration.moments import new_moments
-from vllm_kvsplice.calibration.presets import load_preset, preset_names, resolve
+from vllm_kvsplice.calibration.presets import Recipe, layout_of, load_preset, preset_names
 from vllm_kvsplice.codec.layout import LatentLayout
 from vllm_kvsplice.codec.projector import Projector, build_metadata
 from vllm_kvsplice.errors import KVSpliceError
@@ -21,19 +21,24 @@ FAMILY = "KVSplice"
 
 def preset_codec(name: str) -> Codec:
     """A preset by name, or a TOML file."""
+    return recipe_codec(name, load_preset(name))
+
+
+def recipe_codec(name: str, recipe: Recipe) -> Codec:
+    """A recipe, solved on the comparison's calibration text."""
 
     def count(geometry: Geometry) -> Bytes:
-        return layout_bytes({0: resolve(name, geometry.head_dim)[0]})
+        return layout_bytes({0: layout_of(recipe, geometry.head_dim)})
 
     def prepare(setup: Setup) -> Attach:
-        layout, recipe = resolve(name, setup.geometry.head_dim)
+        layout = layout_of(recipe, setup.geometry.head_dim)
         heads, dims = setup.geometry.num_kv_heads, setup.geometry.head_dim
         unseen = {i: new_moments(heads, dims) for i in range(setup.geometry.num_layers)}  # enough for fixed bases
         seen = {i: s.moments for i, s in setup.statistics.items()} or unseen
         layers = solve_layers(setup.model, seen, layout, recipe)
         return _attach(Projector(build_metadata(setup.model.config, name), layers), setup)
 
-    needs: Needs = "calibration" if load_preset(name).needs_text else "nothing"
+    needs: Needs = "calibration" if recipe.needs_text else "nothing"
     return Codec(name, FAMILY, "this project", count, prepare, needs=needs)
 
 

@@ -93,21 +93,22 @@ def comparison_table(result: dict[str, Any]) -> str:
         f"calibrated on {result['calibration']['name']}; bytes per token and KV head, all in; se over windows, sd over "
         f"{result['seeds']} calibration samples",
         "",
-        table([header, *(_cells(row) for row in result["codecs"])]),
+        table([header, *(cells(row) for row in result["codecs"])]),
     ]
     lines += [f"left out: {name} ({why})" for name, why in result["left_out"].items()]
     return "\n".join(lines)
 
 
-def _cells(row: Row) -> list[str]:
+def cells(row: Row) -> list[str]:
+    """A row as HEADER names it, and needles where they were scored."""
     size, ppl, kld = row["bytes_per_token_head"], row["delta_ppl_pct"], row["kld"]
-    cells = [row["name"], *(f"{size[side]:.1f}" for side in ("k", "v", "kv")), f"{row['ratio']['kv']:.2f}"]
-    cells += [f"{ppl['mean']:+.3f}", _number(ppl["se"], 3), _number(ppl["sd"], 3)]
-    cells += [f"{kld['mean']:.5f}", _number(kld["se"], 5), _number(kld["sd"], 5), f"{100 * row['top1']:.2f}"]
+    found = [row["name"], *(f"{size[side]:.1f}" for side in ("k", "v", "kv")), f"{row['ratio']['kv']:.2f}"]
+    found += [f"{ppl['mean']:+.3f}", _number(ppl["se"], 3), _number(ppl["sd"], 3)]
+    found += [f"{kld['mean']:.5f}", _number(kld["se"], 5), _number(kld["sd"], 5), f"{100 * row['top1']:.2f}"]
     if row["needle"] is not None:
         bands = "/".join(f"{100 * band['right']:.0f}" for band in row["needle_by_depth"])
-        cells += [f"{100 * row['needle']:.0f}", bands]
-    return cells
+        found += [f"{100 * row['needle']:.0f}", bands]
+    return found
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -33,6 +33,7 @@ class LayerStatistics(NamedTuple):
     # Of projections without their bias, before RoPE, by side; empty where the model has no k_proj and v_proj:
     outer: Mapping[Side, Tensor]  # [H * head_dim, H * head_dim] fp64, sum of y y^T over tokens
     fisher: Mapping[Side, Tensor]  # [H] fp32, mean over a head's weights of the root mean squared gradient
+    joint: Moments | None = None  # of all heads as one of H * head_dim dimensions, after RoPE; without queries
 
 
 @torch.no_grad()
@@ -71,6 +72,26 @@ def collect(model: Any, windows: Tensor) -> dict[int, LayerStatistics]:
     }
 
 
+@torch.no_grad()
+def with_joint(model: Any, windows: Tensor, statistics: Mapping[int, LayerStatistics]) -> dict[int, LayerStatistics]:
+    """Statistics with the moments of all heads together, of the same windows."""
+    joint: dict[int, Moments] = {}
+
+    def watch(layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        k_all, v_all = (x.transpose(1, 2).flatten(2)[:, None] for x in (k, v))
+        before = joint.get(layer_idx) or moments.new_moments(1, k_all.shape[-1], k.device)
+        joint[layer_idx] = moments.add_batch(before, k_all[:, :, :0], k_all, v_all)
+        return k, v
+
+    body = model.base_model
+    with transformed_kv(body, watch):
+        for window in windows:
+            body(window[None].to(model.device), use_cache=False)
+    return {
+        i: s._replace(joint=Moments(joint[i].tokens, *(t.cpu() for t in joint[i][1:]))) for i, s in statistics.items()
+    }
+
+
 def with_fisher(model: Any, windows: Tensor, statistics: Mapping[int, LayerStatistics]) -> dict[int, LayerStatistics]:
     """Statistics with the Fisher information of the projections' weights, from the first FISHER_WINDOWS windows."""
     weights = {(i, side): m.weight for i, side, m in projections(model)}
@@ -92,6 +113,19 @@ def with_fisher(model: Any, windows: Tensor, statistics: Mapping[int, LayerStati
     heads = model_shape(model.config).num_kv_heads
     found = {key: (t / len(windows)).sqrt().view(heads, -1).mean(-1).cpu() for key, t in total.items()}
     return {i: s._replace(fisher={k: found[i, k] for k in SIDES if (i, k) in found}) for i, s in statistics.items()}
+
+
+def spread(statistics: Mapping[int, LayerStatistics]) -> dict[Side, float]:
+    """Largest over least variance of a head's dimensions after RoPE, by side: the median over all heads."""
+
+    def ratios(total: Tensor, outer: Tensor, tokens: int) -> Tensor:
+        variance = moments.covariance(total, outer, tokens).diagonal(dim1=1, dim2=2)
+        return variance.amax(-1) / variance.amin(-1)
+
+    seen = [s.moments for s in statistics.values()]
+    k = [ratios(m.k_sum, m.k_outer, m.tokens) for m in seen]
+    v = [ratios(m.v_sum, m.v_outer, m.tokens) for m in seen]
+    return {"k": float(torch.cat(k).median()), "v": float(torch.cat(v).median())}
 
 
 def projections(model: Any) -> list[tuple[int, Side, nn.Linear]]:
