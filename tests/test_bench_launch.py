@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from vllm_kvsplice import cli
+from vllm_kvsplice.bench import kernels_rehearsal, launch_choice, launch_sweep
 from vllm_kvsplice.bench import launch as bench_launch
-from vllm_kvsplice.bench import launch_choice, launch_sweep
+from vllm_kvsplice.bench.kernels_build import Outcome
+from vllm_kvsplice.bench.kernels_jobs import Job
 from vllm_kvsplice.bench.kernels_timing import Device
 from vllm_kvsplice.bench.launch import LaunchRequest
 from vllm_kvsplice.errors import KVSpliceError
@@ -108,6 +110,34 @@ def test_after_the_deadline_nothing_but_the_default_is_begun(monkeypatch):
 def test_a_default_that_is_wrong_stops_the_command(monkeypatch):
     with pytest.raises(KVSpliceError, match="the default launch of int8 wrong"):
         swept(monkeypatch, lambda _: launch_sweep.WrongResultError("wrong"))
+
+
+# ---------------------------------------------------------------- the rehearsal
+def test_what_the_rehearsal_rejects_is_counted_and_not_tried_but_the_default_is(monkeypatch):
+    ((key, jobs),) = bench_launch._groups(LaunchRequest(("int8",), shapes=((64, 4096),))).items()
+    rehearsed = []
+
+    def rehearse(small, device, seconds):
+        rehearsed.extend(small)
+        text = {1: "WrongResultError: wrong result: relative error 1", 2: "OutOfResources: shared memory"}
+        bad = [job for job in small if job.launch.num_stages == 2 or job.launch == DEFAULT]
+        return {job: Outcome("failed", text[job.launch.num_warps]) for job in bad}
+
+    monkeypatch.setattr(kernels_rehearsal, "rehearse", rehearse)
+    monkeypatch.setattr(launch_sweep, "_point", lambda *_: Points(lambda launch: 100.0 - launch.programs))
+    rejected = bench_launch._rehearse({key: jobs}, Device(), 1.0)
+    assert len({job.group for job in rehearsed}) == 24 and {(job.batch, job.context) for job in rehearsed} == {(1, 512)}
+    entry = bench_launch._entry(key, jobs, rejected, Device("cpu"), 1e18)
+    assert entry["measured"]["candidates"] == {"timed": 16 * 5, "wrong": 4 * 5, "failed": 4 * 5}
+    assert entry["launch"] == entry["measured"]["best"] == vars(Launch(1, 3, 200, 16))
+    assert entry["measured"]["points"] == [
+        {"heads": "28/4", "batch": 64, "context": 4096, "default_us": 92.0, "best_us": 84.0}
+    ]
+
+
+def test_a_process_of_its_own_launches_as_it_is_told():
+    job = Job("decode", "kvsplice", "int8", (2, 1), 32, 1, 20, 1, 16, launch=Launch(2, 4, 168, 12))
+    assert kernels_rehearsal.rehearse([job], Device("cpu", cold_bytes=300, replays=2)) == {}
 
 
 # ---------------------------------------------------------------- the command
