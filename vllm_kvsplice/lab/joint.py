@@ -9,6 +9,7 @@ cached token, where it takes rank / H against its own latent of equal bytes; the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -22,62 +23,65 @@ from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.lab.codec import KV, Attach, Bytes, Codec, Geometry, Setup, on_cache
 from vllm_kvsplice.lab.dense import bf16
 
+# (bits, dims) in falling order of bits; what they leave of all heads' dimensions is dropped.
+Tiers = Sequence[tuple[int, int]]
 
-def joint_codec(name: str, bits: int, k_rank: int | None, v_rank: int | None) -> Codec:
-    """Latents of ``bits`` (16, 8, 4 or 2) with a rank for all heads together; None leaves a side in 16 bits."""
-    count = partial(_bytes, bits=bits, ranks=(k_rank, v_rank))
-    prepare = partial(_attach, bits=bits, ranks=(k_rank, v_rank))
+
+def joint_codec(name: str, k: Tiers | None, v: Tiers | None) -> Codec:
+    """Tiers for all heads of a layer together; None leaves a side in 16 bits."""
+    count, prepare = partial(_bytes, sides=(k, v)), partial(_attach, sides=(k, v))
     return Codec(name, "joint", "this project", count, prepare, needs="joint")
 
 
-def latent_bytes(rank: int, bits: int) -> float:
-    """All-in bytes of one token's latent: codes, and one scale byte below 16 bits."""
-    return rank * bits / 8 + (bits < 16)
+def latent_bytes(tiers: Tiers) -> float:
+    """All-in bytes of one token's latent: codes, and one scale byte for each tier below 16 bits."""
+    return sum(dims * bits / 8 + (bits < 16) for bits, dims in tiers)
 
 
-def through(x: Tensor, basis: Solution, bits: int) -> Tensor:
+def through(x: Tensor, basis: Solution, tiers: Tiers) -> Tensor:
     """Keys or values [B, H, T, head_dim] through their joint latent in a basis of one head of H * head_dim."""
     rows = x.transpose(1, 2).flatten(2).float() - basis.mean[0]
-    z = rows @ basis.encode[0].T
-    z = z.bfloat16().float() if bits == 16 else dequantize(*quantize(z, bits), bits)
-    found = z @ basis.decode[0].T + basis.mean[0]
+    parts = (rows @ basis.encode[0].T).split([dims for _, dims in tiers], dim=-1)
+    read = [
+        z.bfloat16().float() if bits == 16 else dequantize(*quantize(z, bits), bits)
+        for (bits, _), z in zip(tiers, parts, strict=True)
+    ]
+    found = torch.cat(read, dim=-1) @ basis.decode[0].T + basis.mean[0]
     return found.unflatten(2, (x.shape[1], -1)).transpose(1, 2)
 
 
-def _bytes(geometry: Geometry, bits: int, ranks: tuple[int | None, int | None]) -> Bytes:
+def _bytes(geometry: Geometry, sides: tuple[Tiers | None, Tiers | None]) -> Bytes:
     heads, full = geometry.num_kv_heads, geometry.num_kv_heads * geometry.head_dim
-    for rank in ranks:
-        if rank is not None and not 0 < rank <= full:
+    for rank in (sum(dims for _, dims in tiers) for tiers in sides if tiers is not None):
+        if not 0 < rank <= full:
             raise KVSpliceError(f"joint rank {rank} is not possible: expected 1 to {full}, all heads together.")
-    return Bytes(*(2.0 * geometry.head_dim if r is None else latent_bytes(r, bits) / heads for r in ranks))
+    return Bytes(*(2.0 * geometry.head_dim if t is None else latent_bytes(t) / heads for t in sides))
 
 
-def _attach(setup: Setup, bits: int, ranks: tuple[int | None, int | None]) -> Attach:
+def _attach(setup: Setup, sides: tuple[Tiers | None, Tiers | None]) -> Attach:
     found: dict[int, tuple[Solution | None, Solution | None]] = {}
     for i, seen in setup.statistics.items():
         assert seen.joint is not None  # Codec.needs
         m = seen.joint
-        sides = ((m.k_sum, m.k_outer, ranks[0]), (m.v_sum, m.v_outer, ranks[1]))
-        found[i] = tuple(_solved(*side, m.tokens, bits, setup.model.device) for side in sides)  # type: ignore[assignment]
+        k = _solved(m.k_sum, m.k_outer, sides[0], m.tokens, setup.model.device)
+        v = _solved(m.v_sum, m.v_outer, sides[1], m.tokens, setup.model.device)
+        found[i] = k, v
 
     def replace(layer_idx: int, k: Tensor, v: Tensor) -> KV:
         k_basis, v_basis = found[layer_idx]
-        return _side(k, k_basis, bits), _side(v, v_basis, bits)
+        return _side(k, k_basis, sides[0]), _side(v, v_basis, sides[1])
 
     return on_cache(replace)
 
 
-def _solved(
-    total: Tensor, outer: Tensor, rank: int | None, tokens: int, bits: int, device: torch.device
-) -> Solution | None:
-    """Principal axes, plain squared error, equalised inside the one tier."""
-    if rank is None:
+def _solved(total: Tensor, outer: Tensor, tiers: Tiers | None, tokens: int, device: torch.device) -> Solution | None:
+    """Principal axes, plain squared error, equalised inside each tier."""
+    if tiers is None:
         return None
-    tiers = [(bits, rank), (0, total.shape[1] - rank)]
     covariance = moments.covariance(total, outer, tokens)
     solution = bases.solve(moments.mean(total, tokens), covariance, None, tiers)
     return Solution(*(part.float().to(device) for part in solution))
 
 
-def _side(x: Tensor, basis: Solution | None, bits: int) -> Tensor:
-    return bf16(x) if basis is None else through(x, basis, bits)
+def _side(x: Tensor, basis: Solution | None, tiers: Tiers | None) -> Tensor:
+    return bf16(x) if basis is None or tiers is None else through(x, basis, tiers)

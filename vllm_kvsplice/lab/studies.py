@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
-from vllm_kvsplice.calibration.presets import MODES, Recipe, SideRecipe, TierShare, load_preset
+from vllm_kvsplice.calibration.presets import MODES, Recipe, SideRecipe, TierShare, load_preset, tier_dims
 from vllm_kvsplice.codec.bases import EQUALISE
 from vllm_kvsplice.codec.layout import TIER_MULTIPLE
 from vllm_kvsplice.errors import KVSpliceError
@@ -145,20 +145,16 @@ def gamma(geometry: Geometry) -> list[Variant]:
     """How variances are evened out before quantisation; and the norm's gain in the norm or in the projections."""
     full, found = geometry.head_dim, []
     tiers = {
-        "int8": uniform("K+V", 8, full, full),
-        "int4": uniform("K+V", 4, full, full),
-        "near_lossless": preset_codec("near_lossless"),
-    }
-    recipes = {
         "int8": recipe("K+V", one_tier(8, full, full, "K"), one_tier(8, full, full, "V")),
         "int4": recipe("K+V", one_tier(4, full, full, "K"), one_tier(4, full, full, "V")),
         "near_lossless": load_preset("near_lossless"),
     }
-    for name, codec in tiers.items():
+    for name, one in tiers.items():
         for equalise in EQUALISE:
-            both = {side: getattr(recipes[name], side).model_copy(update={"equalise": equalise}) for side in ("k", "v")}
-            changed = codec if equalise == "gamma" else recipe_codec(f"{codec.name} {equalise}", recipe("K+V", **both))
-            found.append(Variant({"tiers": name, "equalise": equalise, "gain": "in the norm"}, changed))
+            k, v = (side.model_copy(update={"equalise": equalise}) for side in (one.k, one.v))
+            codec = recipe_codec(f"{name} {equalise}", recipe("K+V", k, v))
+            found.append(Variant({"tiers": name, "equalise": equalise, "gain": "in the norm"}, codec))
+        codec = recipe_codec(f"{name} gamma", one)
         found.append(Variant({"tiers": name, "equalise": "gamma", "gain": "folded"}, codec, change=folded_gain))
     return found
 
@@ -189,21 +185,31 @@ def stability(geometry: Geometry) -> list[Variant]:
 
 
 def joint(geometry: Geometry) -> list[Variant]:
-    """A latent for each head or one for all, at equal bytes; and a sixth of all heads' dimensions, GPT-2's 768 -> 128."""
+    """A latent for each head or one for all, at equal bits, with dimensions dropped or in tiers; and a sixth of all heads'
+    dimensions, GPT-2's 768 -> 128."""
     heads, full, found = geometry.num_kv_heads, geometry.head_dim, []
     for r in dict.fromkeys(multiple(full * share) for share in (0.75, 0.5, 0.25)):
-        at: At = {"rank of all heads": heads * r, "bits": 8}
+        at: At = {"rank of all heads": heads * r, "tiers": "8 bits"}
         head = uniform("V", 8, r, full, "plain")
         found.append(Variant({"sides": "V", "scope": "head", **at}, head, products=full + r))
-        both = joint_codec(f"joint V {heads * r} x 8", 8, None, heads * r)
+        both = joint_codec(f"joint V {heads * r} x 8", None, [(8, heads * r)])
         found.append(Variant({"sides": "V", "scope": "joint", **at}, both, products=full + heads * r))
+    for preset in ("near_lossless", "balanced", "max"):
+        plain = load_preset(preset).v.model_copy(update={"metric": "plain"})
+        one = recipe("V", DENSE, plain)
+        tiers = tier_dims(plain.tiers, full)
+        at = {"rank of all heads": heads * full, "tiers": preset}
+        head = recipe_codec(f"{preset} V plain", one)
+        found.append(Variant({"sides": "V", "scope": "head", **at}, head, products=2 * full))
+        both = joint_codec(f"joint V {preset}", None, [(width, heads * dims) for width, dims in tiers])
+        found.append(Variant({"sides": "V", "scope": "joint", **at}, both, products=full + heads * full))
     sixth = multiple(heads * full / 6)
     for name, width in JOINT_PRESETS.items():
         for s in ("V", "K+V"):
-            k_rank = sixth if "K" in s else None
-            codec = joint_codec(f"joint {s} {sixth} x {width}", width, k_rank, sixth)
-            at = {"sides": s, "scope": f"joint {name}", "rank of all heads": sixth, "bits": width}
-            found.append(Variant(at, codec, products=(k_rank or full) + sixth))
+            k = [(width, sixth)] if "K" in s else None
+            codec = joint_codec(f"joint {s} {sixth} x {width}", k, [(width, sixth)])
+            at = {"sides": s, "scope": f"joint {name}", "rank of all heads": sixth, "tiers": f"{width} bits"}
+            found.append(Variant(at, codec, products=(sixth if k else full) + sixth))
     return found
 
 
