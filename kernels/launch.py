@@ -12,6 +12,8 @@ from kvsplice_kernels.plan import Plan
 
 PROGRAMS = 8  # the fastest of a sweep on an H200 at 1 x 32k, 8 x 8k, 64 x 4k and 16 x 32k tokens
 MOST_ACCUMULATORS = 20  # of 4 registers each, that 200 registers hold beside the rest
+MOST_PAIRS = 16  # of accumulators, for 16 columns, that 255 registers hold beside the rest
+MOST_RANKS = 256  # of K and V, whose queries and codes they hold too
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,10 @@ class Launch:
 
 
 def default_launch(columns: int, ranks: int, v_plan: Plan) -> Launch:
-    """A warp for every 16 columns. Ten warps of 200 registers fit a multiprocessor, eight without a limit, which the
-    layouts of many narrow runs of V want: theirs would spill. ``ranks``: stored dimensions of K and V together."""
-    limited = columns <= 8 and ranks <= 256 and num_accumulators(v_plan) <= MOST_ACCUMULATORS
-    return Launch(max(1, columns // 16), maxnreg=200 if limited else None)
+    """A warp for every 16 columns, or for every 8 where the registers would not hold more: spills cost more than codes
+    unpacked by several warps, and assemblers take minutes over them. Ten warps of 200 registers fit a multiprocessor, eight
+    without a limit, which the layouts of many narrow runs of V want. ``ranks``: stored dimensions of K and V together."""
+    accumulators = num_accumulators(v_plan)
+    wide = ranks <= MOST_RANKS and accumulators <= MOST_PAIRS
+    limited = columns <= 8 and ranks <= MOST_RANKS and accumulators <= MOST_ACCUMULATORS
+    return Launch(max(1, columns // (16 if wide else 8)), maxnreg=200 if limited else None)

@@ -55,14 +55,16 @@ def put(folder: Path, data: dict, name: str = "NVIDIA_H100_80GB_HBM3") -> None:
         (16, [(8, 128)], (1, 3, None, 8)),
         (32, [(8, 128)], (2, 3, None, 8)),
         (64, [(8, 128)], (4, 3, None, 8)),
+        (16, [(4, 64), (2, 64)], (2, 3, None, 8)),  # 20 accumulators, twice of which would spill
+        (64, [(8, 32), (4, 32), (2, 64)], (8, 3, None, 8)),
     ],
 )
-def test_the_default_is_a_warp_for_sixteen_columns_and_200_registers_where_they_fit(columns, v, expected):
+def test_the_default_is_a_warp_for_as_many_columns_as_registers_hold(columns, v, expected):
     from kvsplice_kernels.launch import Launch, default_launch
 
     plan = LatentLayout.of(128, [(8, 128)], v).plan("v", 16)
     assert default_launch(columns, 256, plan) == Launch(*expected)
-    assert default_launch(columns, 264, plan).maxnreg is None
+    assert default_launch(columns, 264, plan) == Launch(max(1, columns // 8))
 
 
 def test_the_default_options_are_what_a_launch_without_parameters_has():
