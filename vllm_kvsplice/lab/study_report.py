@@ -100,4 +100,4 @@ def _panel(axes: Any, name: str, study: dict[str, Any]) -> None:
     axes.set_xlabel(study["axis"], fontsize=7)
     axes.tick_params(axis="y", labelsize=6)
     if len(study["rows"][0]["at"]) > 1:
-        axes.legend(fontsize=5)
+        axes.legend(fontsize=4.5, framealpha=0.3)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/studies.md: every row of its tables is what the files hold. Run as a script it prints the tables."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "docs/results").glob("study-*.json")}
+REF, DEMO, GPT2 = "study-ref-d128", "study-demo", "study-gpt2"
+SIDES = [{"sides": side} for side in ("V", "K", "K+V")]
+WIDTHS = [{"sides": side, "bits": bits} for side in ("V", "K") for bits in (16, 8, 4)]
+EVENED = [{"equalise": e, "gain": "in the norm"} for e in ("gamma", "rotate", "sigma", "none")]
+EVENED += [{"equalise": "gamma", "gain": "folded"}]
+DOMAINS = [{"calibrated": c, "scored": s} for s in ("given", "code") for c in ("given", "english", "code")]
+PRESETS = [{"preset": name} for name in ("near_lossless", "balanced", "orthogonal_int8")]
+# heading: file, study, axis of the lines, columns
+TABLES = {
+    "rank, head_dim 128": (REF, "rank", "rank", WIDTHS),
+    "rank, head_dim 64": (DEMO, "rank", "rank", WIDTHS),
+    "bits, head_dim 128": (REF, "bits", "bits", SIDES),
+    "bits, head_dim 64": (DEMO, "bits", "bits", SIDES),
+    "sides, head_dim 128": (REF, "sides", "tiers", SIDES),
+    "sides, head_dim 64": (DEMO, "sides", "tiers", SIDES),
+    "gamma, head_dim 128": (REF, "gamma", "tiers", EVENED),
+    "gamma, head_dim 64": (DEMO, "gamma", "tiers", EVENED),
+    "calibration": (DEMO, "calibration", "samples", PRESETS),
+    "domain": (DEMO, "domain", "preset", DOMAINS),
+    "nullspace": (GPT2, "nullspace", "scope", SIDES),
+}
+# heading: file, study; a line for each row
+LISTS = {
+    "seeds": (DEMO, "seeds"),
+    "joint, 2 heads of 128": (REF, "joint"),
+    "joint, 2 heads of 64": (DEMO, "joint"),
+    "modes, head_dim 128": (REF, "modes"),
+    "modes, head_dim 64": (DEMO, "modes"),
+}
+
+
+def loss(row):
+    """Perplexity and KLD."""
+    return f"{row['delta_ppl_pct']['mean']:+.2f} % {row['kld']['mean']:.5f}"
+
+
+def pivoted(file, study, axis, columns):
+    """One line for each place on the axis, one cell for each column."""
+    rows = RESULTS[file]["studies"][study]["rows"]
+    for place in dict.fromkeys(row["at"][axis] for row in rows):
+        cells = []
+        for column in columns:
+            (row,) = [r for r in rows if r["at"].items() >= (column | {axis: place}).items()]
+            cells.append(loss(row))
+        yield f"| {place} | {' | '.join(cells)} |"
+
+
+def listed(file, study):
+    """One line for each row: its place, bytes of K and V, ratio of K+V, loss, spread and products where there are any."""
+    for row in RESULTS[file]["studies"][study]["rows"]:
+        size = row["bytes_per_token_head"]
+        cells = [*map(str, row["at"].values()), f"{size['k']:.1f} + {size['v']:.1f}", f"{row['ratio']['kv']:.2f}x"]
+        cells.append(loss(row))
+        if row["kld"]["sd"] is not None:
+            cells.append(f"{row['delta_ppl_pct']['sd']:.2f} % {row['kld']['sd']:.5f}")
+        if row["products"] is not None:
+            cells.append(str(row["products"]))
+        yield f"| {' | '.join(cells)} |"
+
+
+LINES = dict.fromkeys(TABLES, pivoted) | dict.fromkeys(LISTS, listed)
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_tables_are_what_was_measured(name):
+    text = (ROOT / "docs/studies.md").read_text().splitlines()
+    lines = list(LINES[name](*(TABLES | LISTS)[name]))
+    start = text.index(lines[0])
+    assert text[start : start + len(lines)] == lines and text[start - 1].startswith("|---")
+
+
+def test_figures_in_sentences_are_what_was_measured():
+    text = " ".join((ROOT / "docs/studies.md").read_text().split())
+    spread = RESULTS[REF]["studies"]["sides"]["spread"]
+    assert f"is {spread['k']:.0f} for K and {spread['v']:.0f} for V" in text
+    saved = RESULTS[GPT2]["studies"]["nullspace"]["ranks_saved"]
+    assert saved["head"]["saved"] == 0 and saved["joint"]["saved"] == 1
+    assert f"0 of 64, and the nearest misses by {100 * saved['head']['least_residual']:.0f} % of its length" in text
+    (trick,) = [r for r in RESULTS[GPT2]["studies"]["nullspace"]["rows"] if r["at"] == {"sides": "V", "scope": "head"}]
+    rows = [r["at"] | {"row": r} for r in RESULTS[GPT2]["studies"]["joint"]["rows"]]
+    (smallest,) = [r["row"] for r in rows if (r["scope"], r["tiers"]) == ("head", "max")]
+    assert f"loses {trick['kld']['mean']:.5f}: more than `max`" in text and smallest["bytes_per_token_head"]["v"] == 26
+    assert (
+        f"26 bytes ({smallest['kld']['mean']:.5f}, per head" in text and trick["kld"]["mean"] > smallest["kld"]["mean"]
+    )
+    assert f"perplexity {RESULTS[GPT2]['texts']['given']['ppl']:.0f}; not shipped" in text
+
+
+if __name__ == "__main__":
+    for name, lines in LINES.items():
+        print(name, *lines(*(TABLES | LISTS)[name]), sep="\n")
