@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`kvsplice study` on tiny models: what each study must show, joint latents, LayerNorm's nullspace, recipes and refusals."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -275,6 +276,18 @@ def test_recipes_run_on_a_model_of_their_architecture(path, tmp_path, text_file)
     assert found["texts"]["given"]["needle"] == 0 and "by depth" in study_report.study_tables(found)
     assert found["calibration"]["given"]["name"] == "other.txt" and not found["left_out"]
     assert found["studies"]["seeds"]["rows"][0]["samples"] == 3
+
+
+def test_a_recipe_runs_on_a_trained_model_in_place_of_the_public_one():
+    model = str(Path(cli.__file__).parent / "demo/model")  # of Qwen2.5's architecture
+    given = dict(model=model, recipe=str(RECIPES[-1].with_name("qwen2.5-0.5b.toml")), studies=("modes",))
+    few = dict(seq_len=128, windows=2, samples=4, needle=1, needle_len=256)
+    request = study.request_of(given | few)
+    assert request.score_dataset == request.dataset == "wikitext2"
+    found = study.run(dataclasses.replace(request, score_dataset=None, dataset=None))  # the built-in English
+    losses = [row["kld"]["mean"] for row in found["studies"]["modes"]["rows"]]
+    assert 1e-4 < losses[0] < losses[1] / 2 < losses[2] / 2 < 0.1
+    assert [row["needle"] for row in found["studies"]["modes"]["rows"]] == [1.0, 1.0, 1.0]
 
 
 def test_recipes_name_public_models_and_everything_else():

@@ -104,7 +104,8 @@ def test_data_sets(monkeypatch):
     module.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", module)
     assert load_text(dataset="wikitext2") == Text("wikitext2", " = Title = \n\nBody\n")
-    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "train")]
+    assert load_text(dataset="wikitext2", held_out=True).name == "wikitext2 (held out)"
+    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", split) for split in ("train", "test")]
     with pytest.raises(KVSpliceError, match=r"cannot be loaded \(no route\)") as caught:
         load_text(dataset="c4")
     assert "\n" not in str(caught.value)
