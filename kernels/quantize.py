@@ -172,7 +172,9 @@ def _clip_search(z, covers, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.conste
     """Scale byte [tokens] int32 of the candidate with the least squared error; the first of equals."""
     FIRST: tl.constexpr = CLIP_FIRST_2 if tier_bits(PLAN, t) == 2 else 0
     COUNT: tl.constexpr = CLIP_COUNT_2 if tier_bits(PLAN, t) == 2 else CLIP_COUNT_4
-    for first in tl.static_range(FIRST, FIRST + COUNT, TOGETHER):
+    best = tl.maximum(covers - FIRST, 0)
+    least = tl.full(covers.shape, float("inf"), tl.float32)
+    for first in range(FIRST, FIRST + COUNT, TOGETHER):  # a loop: unrolled, Triton compiles it several times as long
         codes, inverses = (), ()
         for k in tl.static_range(TOGETHER):
             code = tl.maximum(covers - (first + k), 0)
@@ -180,11 +182,8 @@ def _clip_search(z, covers, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.conste
         errors = _errors(z, inverses, PLAN, t, CUTS)
         for k in tl.static_range(TOGETHER):
             error = errors[k] * scale_of(codes[k]) * scale_of(codes[k])
-            if first + k == FIRST:
-                least, best = error, codes[0]
-            else:
-                best = tl.where(error < least, codes[k], best)
-                least = tl.minimum(error, least)
+            best = tl.where(error < least, codes[k], best)
+            least = tl.minimum(error, least)
     return best
 
 
