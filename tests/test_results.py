@@ -3,6 +3,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "docs/results").glob("*.json")}
 README = (ROOT / "README.md").read_text()
 QUALITY = (ROOT / "docs/quality.md").read_text()
+BALANCED = "serve-balanced-h100"
 PERFORMANCE = (ROOT / "docs/performance.md").read_text()
 
 
@@ -59,39 +61,50 @@ def test_the_readme_quotes_speeds_and_failures_too():
         assert f"{ratio:.2f}x as fast" in README
 
 
-def decode_rows(batch, context):
-    """p50 in microseconds: FlashAttention-3 bf16 and fp8 at their best, ours with pages of 16 and of 64 tokens."""
-    rows = [
-        r
-        for r in RESULTS["kernels-h100"]["rows"]
-        if r["what"] == "decode" and (r["batch"], r["context"]) == (batch, context)
-    ]
-    peers = [
-        min(r["p50_us"] for r in rows if (r["kernel"], r["preset"]) == ("flash-attention-3", p))
-        for p in ("bf16", "fp8")
-    ]
-    ours = {r["block_size"]: r["p50_us"] for r in rows if (r["kernel"], r["preset"]) == ("kvsplice", "near_lossless")}
-    return *peers, ours[16], ours[64]
-
-
-@pytest.mark.parametrize(("batch", "context"), [(64, 4096), (256, 2048), (16, 32768), (8, 8192), (1, 32768)])
-def test_kernel_speeds_are_quoted_as_measured(batch, context):
-    bf16, fp8, ours, ours_64 = decode_rows(batch, context)
-    cells = f"| {batch} x {context} | {bf16:.1f} us | {fp8:.1f} us | {ours:.1f} us | {bf16 / ours:.2f}x |"
-    assert cells in README
-    cells = f"| {batch} x {context} | {bf16:.1f} | {fp8:.1f} | {ours:.1f} / {ours_64:.1f} | {bf16 / ours:.2f} / {bf16 / ours_64:.2f} |"
-    assert cells in PERFORMANCE
-
-
-def best_us(file, kernel, preset, batch, context, block_size=None):
+def best_us(file, kernel, preset, batch, context, block_size=None, heads="28/4"):
     """p50 in microseconds of a decode, at its best page size or at one."""
     return min(
         r["p50_us"]
         for r in RESULTS[file]["rows"]
-        if (r["what"], r["kernel"], r["preset"]) == ("decode", kernel, preset)
+        if (r["what"], r["kernel"], r["preset"], r["heads"]) == ("decode", kernel, preset, heads)
         and (r["batch"], r["context"]) == (batch, context)
         and block_size in (None, r["block_size"])
     )
+
+
+SHAPES = [(64, 4096), (256, 2048), (16, 32768), (8, 8192), (1, 32768)]
+
+
+@pytest.mark.parametrize(("batch", "context"), SHAPES)
+def test_kernel_speeds_are_quoted_as_measured(batch, context):
+    h100 = partial(best_us, "kernels-h100", batch=batch, context=context)
+    bf16, fp8 = (h100("flash-attention-3", p) for p in ("bf16", "fp8"))
+    at_16 = [h100("kvsplice", p, block_size=16) for p in ("near_lossless", "balanced", "max", "int8")]
+    cells = " | ".join(f"{us:.1f} ({bf16 / us:.2f}x)" for us in at_16)
+    assert f"| {batch} x {context} | {bf16:.1f} | {fp8:.1f} | {cells} |" in README
+    ours, ours_64 = (h100("kvsplice", "near_lossless", block_size=n) for n in (16, 64))
+    cells = f"| {batch} x {context} | {bf16:.1f} | {fp8:.1f} | {ours:.1f} / {ours_64:.1f} | {bf16 / ours:.2f} / {bf16 / ours_64:.2f} |"
+    assert cells in PERFORMANCE
+    others = [("kvsplice", p) for p in ("near_lossless", "balanced", "max", "int8", "v_only")]
+    others += [("flash-attention-3", "fp8"), *(("vllm-triton", p) for p in ("bf16", "int8", "int4"))]
+    others += [("turboquant", "k8v4"), ("turboquant", "4bit_nc")]
+    cells = " | ".join(f"{bf16 / h100(*other):.2f}" for other in others)
+    assert f"| {batch} x {context} | {cells} |" in PERFORMANCE
+
+
+@pytest.mark.parametrize(
+    ("file", "heads", "head_dim"),
+    [("heads", "32/8", 128), ("heads", "64/8", 128), ("d64", "14/2", 64), ("d64", "32/8", 64)],
+)
+@pytest.mark.parametrize(("batch", "context"), [(64, 4096), (16, 32768), (8, 8192)])
+def test_other_heads_are_quoted_as_measured(file, heads, head_dim, batch, context):
+    us = partial(best_us, f"kernels-{file}-h100", batch=batch, context=context, heads=heads)
+    bf16, *ours = (
+        us("flash-attention-3", "bf16"),
+        *(us("kvsplice", "near_lossless", block_size=n) for n in (16, 64)),
+    )
+    cells = f"{bf16:.1f} | {ours[0]:.1f} / {ours[1]:.1f} | {bf16 / ours[0]:.2f} / {bf16 / ours[1]:.2f}"
+    assert f"| {heads} x {head_dim} | {batch} x {context} | {cells} |" in PERFORMANCE
 
 
 @pytest.mark.parametrize(("batch", "context"), [(64, 4096), (256, 2048), (16, 32768), (8, 8192), (1, 32768)])
@@ -112,16 +125,30 @@ def test_profiles_and_writes_are_quoted_as_measured():
     for reading in RESULTS["profile-decode-h200"]["readings"].values():
         quoted = f"| {reading['l2_sectors_per_16_tokens']} | {reading['shared_wavefronts_per_16_tokens']} |"
         assert quoted in PERFORMANCE
-    writes = [t for t in RESULTS["checks-h100"]["times"] if t["kernel"] == "cache_write"]
-    times = [f"{t['us']:.1f}" for t in writes]
-    assert " / ".join(times[:3]) in PERFORMANCE and " / ".join(times[3:]) in PERFORMANCE
-    assert " / ".join(f"{t['write_and_project_us']:.1f}" for t in writes[:3]) in PERFORMANCE
-    checks = RESULTS["checks-h100"]["checks"]
-    assert f"{checks['ok']}\nkernel cases right" in PERFORMANCE and not checks["failed"]
+    writes = {
+        (r["preset"], r["query_len"], r["kernel"]): r["p50_us"]
+        for r in RESULTS["kernels-h100"]["rows"]
+        if r["what"] == "write"
+    }
+    for tokens in (1, 64):
+        cells = [f"{writes['bf16', tokens, 'flash-attention-3']:.1f}"]
+        cells += [
+            f"{writes[p, tokens, 'kvsplice']:.1f}" for p in ("near_lossless", "int8", "v_only", "balanced", "max")
+        ]
+        assert f"| {tokens} | {' | '.join(cells)} |" in PERFORMANCE
+    for name in ("checks-h100", "checks-h200"):
+        assert RESULTS[name]["checks"] == {"ok": 98, "failed": []}
 
 
 @pytest.mark.parametrize(
-    ("file", "point"), [("serve-h100", 0), ("serve-h100", 1), ("serve-fp8-h100", 0), ("serve-fp8-h100", 2)]
+    ("file", "point"),
+    [
+        ("serve-h100", 0),
+        ("serve-h100", 1),
+        ("serve-fp8-h100", 0),
+        ("serve-fp8-h100", 2),
+        *((BALANCED, i) for i in range(3)),
+    ],
 )
 def test_times_per_token_are_quoted_as_measured(file, point):
     points = [setting["points"][point] for setting in RESULTS[file]["settings"]]
@@ -129,6 +156,28 @@ def test_times_per_token_are_quoted_as_measured(file, point):
     cells = [f"{base:.2f}", *(f"{tpot:.2f} ({tpot / base:.2f}x)" for tpot in others)]
     name = f"{points[0]['batch']} x {points[0]['context']} (`{file}`)"
     assert f"| {name} | {' | '.join(cells)} |" in README
+
+
+def test_throughput_is_quoted_as_measured():
+    settings = {s["name"]: s["sweep"] for s in RESULTS["saturation-h200"]["settings"]}
+    for users, kind, shown in (
+        (48, "fresh", "new"),
+        (152, "fresh", "new"),
+        *((n, "returning", "sent again") for n in (48, 96, 152)),
+    ):
+        found = [
+            [p[kind]["vllm"]["output_throughput"] for p in sweep if p["users"] == users] for sweep in settings.values()
+        ]
+        cells = " | ".join(f"{one[0]:.0f}" if one else "" for one in found)
+        assert f"| {users}, {shown} | {cells} |".replace("|  |", "| |") in README
+    ours = RESULTS["saturation-h200"]["summary"]["settings"]["kvsplice:near_lossless"]
+    assert f"{ours['throughput_ratio']:.1f}x bf16. Prompts sent again: {ours['returning_ratio']:.1f}x" in README
+
+
+def test_peaks_of_memory_are_quoted_as_measured():
+    memory = {s["name"]: s["memory"] for s in RESULTS[BALANCED]["settings"]}
+    bf16, ours = (memory[n]["peak_bytes"] / memory[n]["total_bytes"] for n in ("bf16", "kvsplice:balanced"))
+    assert f"{ours:.1%} with `balanced` and\n{bf16:.1%} with bf16".replace("%", " %") in README
 
 
 def test_other_codecs_are_quoted_as_measured():
@@ -145,7 +194,7 @@ def test_tuning_is_quoted_as_measured():
     )
     for point in result["tune"]["tried"]:
         cells = f"{point['ratio']:.2f}x | {point['predicted_kld']:.5f} | {point['kld']:.5f} |"
-        assert f"| {point['bytes_per_token_head']:.1f} | {cells}" in QUALITY
+        assert f"| {point['bytes_per_token_head']:.1f} | {cells} {point['ppl_delta_pct']:+.2f} |" in QUALITY
     for row in result["tune"]["uniform"]:
         sizes = f"| {row['name']} | {row['bytes_per_token_head']:.0f} | {row['kld']:.6f} |"
         assert f"{sizes} {row['tuned']['bytes_per_token_head']:.1f} | {row['tuned']['kld']:.6f} |" in QUALITY
@@ -154,3 +203,6 @@ def test_tuning_is_quoted_as_measured():
 def test_the_loop_is_quoted_as_compiled():
     loop = RESULTS["decode-loop"]
     assert f"{loop['before']['loop']} to {loop['now']['loop']} for 32 tokens (`decode-loop`" in PERFORMANCE
+    before, now = (loop["columns_64"][key] for key in ("before", "now"))
+    quoted = f"{before['loop']}\ninstructions and {before['stack']} bytes of stack, now {now['loop']} and {now['stack']} (`decode-loop`)"
+    assert quoted in PERFORMANCE

@@ -20,6 +20,7 @@ from vllm_kvsplice.bench.kernels_jobs import Job
 from vllm_kvsplice.bench.kernels_timing import Device
 
 SECONDS = 100.0
+LATE = "its rehearsal did not end in time"
 
 
 def rehearse(jobs: Sequence[Job], device: Device, seconds: float = SECONDS) -> dict[Job, Outcome]:
@@ -46,7 +47,9 @@ def _rehearse_group(jobs: list[Job], device: Device, deadline: float) -> dict[Jo
         outcomes, broken = _run_process(left, device, deadline)
         found |= outcomes
         if broken is not None:
-            found[broken] = Outcome("failed", "its rehearsal ended the process, or did not end in time")
+            found[broken] = Outcome(
+                "failed", LATE if time.monotonic() >= deadline else "its rehearsal ended the process"
+            )
         left = [job for job in left if job not in found]
         if not outcomes and broken is None:
             break  # no process could be started

@@ -162,7 +162,7 @@ def _entry(
     bad = {launch: text for (k, launch), text in rejected.items() if k == key and launch != default}
     found = sweep(jobs, default, [v for v in variants(default) if v not in bad], device, deadline)
     for text in bad.values():
-        found.outcomes["wrong" if "wrong result" in text else "failed"] += len(PROGRAMS)
+        found.outcomes[_outcome(text)] += len(PROGRAMS)
     choice = choose(default, found.times)
     return {
         **dict(zip(("head_dim", "columns", "layout"), key, strict=True)),
@@ -176,6 +176,13 @@ def _entry(
             "points": _points(jobs, found, choice.best),
         },
     }
+
+
+def _outcome(text: str) -> str:
+    """What became of the candidates of a variant that its rehearsal rejected, in the words of ``Sweep``."""
+    from vllm_kvsplice.bench.kernels_rehearsal import LATE
+
+    return "not reached" if text == LATE else "wrong" if "wrong result" in text else "failed"
 
 
 def _points(jobs: Sequence[Job], found: Sweep, best: Launch) -> list[dict[str, Any]]:

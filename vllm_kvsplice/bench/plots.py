@@ -99,22 +99,24 @@ def _throughput(axes: Any, result: dict[str, Any]) -> bool:
     axes.set_xticks(users, [str(n) for n in users])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))  # a dozen lines: beside, not over them
     return True
 
 
 def _capacity(axes: Any, result: dict[str, Any]) -> bool:
-    """One mark per setting: tokens that fit against the best throughput of the sweep."""
+    """A mark or two per setting: tokens that fit against the best throughput of the sweep, of fresh and returning prompts."""
     for number, setting in enumerate(result["settings"]):
-        tokens, best = analysis.tokens(setting), analysis.best(setting)["output_tok_s"]
-        if tokens is None or best is None:
+        tokens, best = analysis.tokens(setting), analysis.best(setting)
+        if tokens is None:
             continue
-        axes.plot(tokens / 1e6, best, "o", color=f"C{number}")
-        axes.annotate(setting["name"], (tokens / 1e6, best), textcoords="offset points", xytext=(6, 4), fontsize=8)
+        for key, mark, suffix in (("output_tok_s", "o", ""), ("returning_tok_s", "s", ", second time")):
+            if best[key] is not None:
+                axes.plot(tokens / 1e6, best[key], mark, color=f"C{number}", label=setting["name"] + suffix)
+    axes.margins(0.1)
     axes.set(xlabel="tokens that fit, millions", ylabel="best output tokens/s of the sweep")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    axes.margins(0.2)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return True
 
 
