@@ -174,6 +174,28 @@ def test_throughput_is_quoted_as_measured():
     assert f"{ours['throughput_ratio']:.1f}x bf16. Prompts sent again: {ours['returning_ratio']:.1f}x" in README
 
 
+def test_steps_of_many_users_are_quoted_as_measured():
+    steady = {
+        (s["name"], p["users"]): p["returning"]["steady_tpot_ms"]
+        for s in RESULTS["saturation-h200"]["settings"]
+        for p in s["sweep"]
+    }
+    bf16, fp8, ours, balanced = (
+        steady[name, 48] for name in ("bf16", "fp8", "kvsplice:near_lossless", "kvsplice:balanced")
+    )
+    cells = " | ".join(f"{ms:.2f} ({ms / bf16:.2f}x)" for ms in (fp8, ours, balanced))
+    assert f"| 48 | {bf16:.2f} | {cells} |" in PERFORMANCE
+    assert (
+        f"{bf16:.1f} ms with bf16, {fp8:.1f} with fp8, {ours:.1f} with `near_lossless` ({ours / bf16:.2f}x)" in README
+    )
+    for users in (96, 152):
+        cells = " | ".join(
+            f"{ms:.2f}" if ms else "-"
+            for ms in (steady[n, users] for n in ("fp8", "kvsplice:near_lossless", "kvsplice:balanced"))
+        )
+        assert f"| {users} | - | {cells} |" in PERFORMANCE
+
+
 def test_peaks_of_memory_are_quoted_as_measured():
     memory = {s["name"]: s["memory"] for s in RESULTS[BALANCED]["settings"]}
     bf16, ours = (memory[n]["peak_bytes"] / memory[n]["total_bytes"] for n in ("bf16", "kvsplice:balanced"))
