@@ -14,7 +14,15 @@ import pytest
 import torch
 
 from vllm_kvsplice import cli
-from vllm_kvsplice.bench import kernels, kernels_build, kernels_data, kernels_jobs, kernels_prefill, kernels_report
+from vllm_kvsplice.bench import (
+    kernels,
+    kernels_build,
+    kernels_data,
+    kernels_jobs,
+    kernels_prefill,
+    kernels_report,
+    kernels_timing,
+)
 from vllm_kvsplice.bench import kernels_rehearsal as rehearsal
 from vllm_kvsplice.bench.kernels_build import Outcome, Stage
 from vllm_kvsplice.bench.kernels_jobs import Job
@@ -229,13 +237,21 @@ def test_a_peer_that_cannot_be_imported_is_absent_and_everything_else_failed(mon
     assert outcome.kind == kind and str(error) in outcome.text
 
 
+def measured(jobs, known):
+    """What a run of these jobs puts into its result."""
+    found = {"rows": [], "failed": [], "absent": []}
+    for _ in kernels._measure(jobs, known, CPU, 1.0, found):
+        pass
+    return found
+
+
 def test_after_a_lost_cuda_context_the_rest_is_reported_not_run(monkeypatch):
     jobs = [job(preset="int8"), DECODE, job(batch=3)]
     monkeypatch.setattr(kernels_build, "attempt", lambda *_, **__: Outcome("failed", "illegal memory access"))
     monkeypatch.setattr(kernels_build, "usable", lambda _: False)
-    rows, missing = kernels._measure(jobs, {}, CPU, 1.0)
-    assert rows == [] and len(missing["failed"]) == 3
-    assert [row["error"].startswith("not run: decode kvsplice int8") for row in missing["failed"]] == [
+    found = measured(jobs, {})
+    assert found["rows"] == [] and len(found["failed"]) == 3
+    assert [row["error"].startswith("not run: decode kvsplice int8") for row in found["failed"]] == [
         False,
         True,
         True,
@@ -244,8 +260,22 @@ def test_after_a_lost_cuda_context_the_rest_is_reported_not_run(monkeypatch):
 
 def test_what_failed_in_the_rehearsal_is_not_run_again(monkeypatch):
     monkeypatch.setattr(kernels_build, "attempt", lambda *_, **__: pytest.fail("ran"))
-    _, missing = kernels._measure([DECODE], {DECODE: Outcome("failed", "hangs")}, CPU, 1.0)
-    assert [row["error"] for row in missing["failed"]] == ["hangs"]
+    found = measured([DECODE], {DECODE: Outcome("failed", "hangs")})
+    assert [row["error"] for row in found["failed"]] == ["hangs"]
+
+
+def test_a_run_that_is_cut_off_leaves_what_it_has_measured(monkeypatch, tmp_path):
+    def cut_off(jobs, known, device):
+        yield None, [(DECODE, Outcome("failed", "hangs"))]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernels, "_outcomes", cut_off)
+    monkeypatch.setattr(kernels_timing, "copy_speeds", lambda _: {"copy_": 1.0})
+    out = tmp_path / "kernels.json"
+    with pytest.raises(KeyboardInterrupt):
+        kernels.run_on(kernels.KernelsRequest(peers=False, json=str(out)), CPU)
+    found = json.loads(out.read_text())
+    assert [row["error"] for row in found["failed"]] == ["hangs"] and found["seconds"] >= 0 and found["versions"]
 
 
 # ---------------------------------------------------------------- the rehearsal

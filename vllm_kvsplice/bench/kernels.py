@@ -67,19 +67,20 @@ def run_on(request: KernelsRequest, device: Device) -> int:
     known = _rehearse(request, jobs, device)
     copies = copy_speeds(device)
     print("device copy: " + ", ".join(f"{name} {speed:.0f} GB/s" for name, speed in copies.items()), flush=True)
-    rows, missing = _measure(jobs, known, device, max(copies.values()))
-    result = {
+    result: dict[str, Any] = {
         **results.provenance(),
         "method": METHOD,
         "settings": asdict(request),
         "copy_gb_s": copies,
-        "rows": rows,
-        **missing,
-        "seconds": time.monotonic() - began,
+        "rows": [],
+        "failed": [],
+        "absent": [],
     }
+    for _ in _measure(jobs, known, device, max(copies.values()), result):
+        result["seconds"] = time.monotonic() - began
+        if request.json:  # after every point, so that a run that is cut off leaves what it has measured
+            results.write_json(result, request.json)
     print(_summary(result))
-    if request.json:
-        results.write_json(result, request.json)
     return 1 if result["failed"] else 0
 
 
@@ -98,24 +99,22 @@ def _rehearse(request: KernelsRequest, jobs: Sequence[Job], device: Device) -> d
 
 
 def _measure(
-    jobs: Sequence[Job], known: dict[Job, Outcome], device: Device, copy_gb_s: float
-) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
-    """Rows of what was timed, and what was not: "failed" and "absent". Prints every block as soon as it is measured."""
+    jobs: Sequence[Job], known: dict[Job, Outcome], device: Device, copy_gb_s: float, result: dict[str, Any]
+) -> Iterator[None]:
+    """Point by point into ``result``: "rows" of what was timed; "failed" and "absent". Prints every block."""
     from vllm_kvsplice.bench import kernels_report
 
-    rows: list[dict[str, Any]] = []
-    missing: dict[str, list[dict[str, Any]]] = {"failed": [], "absent": []}
     for _, outcomes in _outcomes(jobs, known, device):
         block = kernels_report.rows_of(outcomes, copy_gb_s)
-        rows += block
+        result["rows"] += block
         print(f"\n{kernels_report.point_title(outcomes[0][0])}")
         print(kernels_report.point_table(block), flush=True)
         for job, outcome in outcomes:
             if outcome.kind != "ok":
-                missing[outcome.kind].append(kernels_report.failure(job, outcome))
+                result[outcome.kind].append(kernels_report.failure(job, outcome))
             if outcome.kind == "failed":
                 print(f"FAILED {job.kernel} {job.preset}, block size {job.block_size}: {outcome.text}", flush=True)
-    return rows, missing
+        yield
 
 
 def _outcomes(
