@@ -222,6 +222,17 @@ def test_tuning_is_quoted_as_measured():
         assert f"{sizes} {row['tuned']['bytes_per_token_head']:.1f} | {row['tuned']['kld']:.6f} |" in QUALITY
 
 
+def test_tuned_files_are_quoted_as_measured():
+    _, *tuned = RESULTS["tuned-ref-d128"]["codecs"]
+    assert f"{RESULTS['tuned-ref-d128']['windows']} windows" in README
+    for codec, made in zip(tuned, ("291", "500"), strict=True):
+        assert codec["bytes_per_token_head"]["kv"] == RESULTS[f"tune-ref-d128-{made}"]["bytes_per_token_head"]
+        assert codec_cells(codec) in README.replace("\n", " ")
+        ppl, kv = codec["delta_ppl_pct"], codec["bytes_per_token_head"]["kv"]
+        cells = f"{codec['ratio']['kv']:.2f}x | {kv:.1f} | {ppl['mean']:+.3f} +- {ppl['se']:.3f} % | {codec['kld']['mean']:.5f}"
+        assert f"| {cells} | {100 * codec['top1']:.1f} % |" in QUALITY
+
+
 def test_the_loop_is_quoted_as_compiled():
     loop = RESULTS["decode-loop"]
     assert f"{loop['before']['loop']} to {loop['now']['loop']} for 32 tokens (`decode-loop`" in PERFORMANCE
