@@ -31,7 +31,9 @@ def row(file):
     return line
 
 
-@pytest.mark.parametrize("name", ["ref-d128-balanced-vllm", "demo-h200"])
+@pytest.mark.parametrize(
+    "name", ["ref-d128-near_lossless-vllm", "ref-d128-balanced-vllm", "ref-d128-max-vllm", "demo-h200"]
+)
 def test_the_readme_quotes_its_files(name):
     found, line = RESULTS[name].get("scores", RESULTS[name]), row(name)
     assert f"{found['ratio']['kv']:.2f}x" in line
