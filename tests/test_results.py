@@ -235,6 +235,14 @@ def test_tuned_files_are_quoted_as_measured():
         assert f"| {cells} | {100 * codec['top1']:.1f} % |" in QUALITY
 
 
+def test_balanced_on_the_whole_test_is_quoted_as_measured():
+    (codec,) = RESULTS["balanced-ref-d128"]["codecs"]
+    assert codec_cells(codec) in README
+    ppl, kld = codec["delta_ppl_pct"], codec["kld"]["mean"]
+    cells = f"{ppl['mean']:+.3f} +- {ppl['se']:.3f} % | {kld:.5f} | {100 * codec['top1']:.1f} % | {100 * codec['needle']:.0f} %"
+    assert f"`balanced` | {codec['bytes_per_token_head']['kv']:.1f} | {cells} |" in QUALITY
+
+
 def test_the_loop_is_quoted_as_compiled():
     loop = RESULTS["decode-loop"]
     assert f"{loop['before']['loop']} to {loop['now']['loop']} for 32 tokens (`decode-loop`" in PERFORMANCE
