@@ -37,7 +37,7 @@ class Launch:
 
 def default_launch(columns: int, ranks: int, v_plan: Plan) -> Launch:
     """A warp for every 16 columns, or for every 8 where the registers would not hold more: spills cost more than codes
-    unpacked by several warps, and assemblers take minutes over them. Ten warps of 200 registers fit a multiprocessor, eight
+    unpacked by several warps. Ten warps of 200 registers fit a multiprocessor, eight
     without a limit, which the layouts of many narrow runs of V want. ``ranks``: stored dimensions of K and V together."""
     accumulators = num_accumulators(v_plan)
     wide = ranks <= MOST_RANKS and accumulators <= MOST_PAIRS

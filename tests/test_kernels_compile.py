@@ -35,7 +35,7 @@ CASES = {
 }
 
 MAIN = ("near-lossless-128", "int8-64")  # in every architecture and with speculative tokens
-BY_HAND = ("balanced-128", "max-128")  # minutes of assembler, for kernels like those of the others
+BY_HAND = ("balanced-128", "max-128")  # a minute or more of compiling, for kernels like those of the others
 
 
 class Launch(NamedTuple):

@@ -160,6 +160,14 @@ def test_times_per_token_are_quoted_as_measured(file, point):
     assert f"| {name} | {' | '.join(cells)} |" in README
 
 
+def test_launch_parameters_are_quoted_as_measured():
+    entries = json.loads((ROOT / "configs/launch/NVIDIA_H100_80GB_HBM3.json").read_text())["entries"]
+    gain = {e["measured"]["preset"]: f"{100 * (e['measured']['speedup'] - 1):.1f} %" for e in entries}
+    assert f"`int8` {gain['int8']} and `v_only` {gain['v_only']} faster" in PERFORMANCE
+    assert f"and no limit of registers: {gain['near_lossless']}, below" in PERFORMANCE
+    assert [e["measured"]["preset"] for e in entries if e["launch"]] == ["int8", "v_only"]
+
+
 def test_throughput_is_quoted_as_measured():
     settings = {s["name"]: s["sweep"] for s in RESULTS["saturation-h200"]["settings"]}
     for users, kind, shown in (

@@ -83,21 +83,11 @@ def compare_options(command: argparse.ArgumentParser) -> None:
     _model(command)
     add = command.add_argument
     add("--text", metavar="FILE", help="UTF-8 text to score on (default: held-out part of the built-in English)")
-    text = command.add_mutually_exclusive_group()
-    text.add_argument("--calibration", metavar="FILE", help="UTF-8 text to calibrate on (default: built-in English)")
-    text.add_argument("--dataset", choices=("wikitext2", "c4"), help="data set to calibrate on, through `datasets`")
     names = "names, families or .toml presets, with commas or repeated (default: all)"
     add("--codecs", action="extend", type=_words, metavar="LIST", help=names)
     add("--projector", dest="projectors", action="append", metavar="FILE", help="projector file to add, repeatable")
-    add("--samples", type=int, metavar="N", help="windows of text in a calibration (default: 32)")
     add("--seeds", type=int, metavar="N", help="calibrations, each on other windows (default: 3)")
-    add("--seq-len", type=int, metavar="N", help="tokens per window (default: 2048, or what the model holds)")
-    add("--windows", type=int, metavar="N", help="windows scored (default: the whole text)")
-    add("--needle", type=int, metavar="N", help="retrieval samples (default: none)")
-    add("--needle-len", type=int, metavar="L", help="tokens per retrieval sample (default: as --seq-len)")
-    _place(command)
-    add("--json", metavar="OUT", default=None, help="write the result as JSON")
-    add("--plot", metavar="OUT", default=None, help="write a plot as PNG (needs matplotlib)")
+    _scored(command)
 
 
 def study_options(command: argparse.ArgumentParser) -> None:
@@ -114,18 +104,8 @@ def study_options(command: argparse.ArgumentParser) -> None:
         "--text", metavar="FILE", help="UTF-8 text to score on (default: held-out part of the built-in English)"
     )
     scored.add_argument("--score-dataset", choices=("wikitext2", "c4"), help="test part of a data set to score on")
-    text = command.add_mutually_exclusive_group()
-    text.add_argument("--calibration", metavar="FILE", help="UTF-8 text to calibrate on (default: built-in English)")
-    text.add_argument("--dataset", choices=("wikitext2", "c4"), help="data set to calibrate on, through `datasets`")
-    add("--samples", type=int, metavar="N", help="windows of text in a calibration (default: 32)")
     add("--seeds", type=int, metavar="N", help="calibrations of the study `seeds` (default: 3)")
-    add("--seq-len", type=int, metavar="N", help="tokens per window (default: 2048, or what the model holds)")
-    add("--windows", type=int, metavar="N", help="windows scored (default: the whole text)")
-    add("--needle", type=int, metavar="N", help="retrieval samples (default: none)")
-    add("--needle-len", type=int, metavar="L", help="tokens per retrieval sample (default: as --seq-len)")
-    _place(command)
-    add("--json", metavar="OUT", default=None, help="write the result as JSON")
-    add("--plot", metavar="OUT", default=None, help="write a plot as PNG (needs matplotlib)")
+    _scored(command)
 
 
 def tune_options(command: argparse.ArgumentParser) -> None:
@@ -304,6 +284,22 @@ def _bench_serve_engines(command: argparse.ArgumentParser) -> None:
 
 def _model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL", help="Hugging Face id, or folder")
+
+
+def _scored(command: argparse.ArgumentParser) -> None:
+    """What a comparison and a study calibrate on, how much they score, and where results go."""
+    add = command.add_argument
+    text = command.add_mutually_exclusive_group()
+    text.add_argument("--calibration", metavar="FILE", help="UTF-8 text to calibrate on (default: built-in English)")
+    text.add_argument("--dataset", choices=("wikitext2", "c4"), help="data set to calibrate on, through `datasets`")
+    add("--samples", type=int, metavar="N", help="windows of text in a calibration (default: 32)")
+    add("--seq-len", type=int, metavar="N", help="tokens per window (default: 2048, or what the model holds)")
+    add("--windows", type=int, metavar="N", help="windows scored (default: the whole text)")
+    add("--needle", type=int, metavar="N", help="retrieval samples (default: none)")
+    add("--needle-len", type=int, metavar="L", help="tokens per retrieval sample (default: as --seq-len)")
+    _place(command)
+    add("--json", metavar="OUT", default=None, help="write the result as JSON")
+    add("--plot", metavar="OUT", default=None, help="write a plot as PNG (needs matplotlib)")
 
 
 def _seed_and_place(command: argparse.ArgumentParser) -> None:

@@ -70,8 +70,8 @@ class Codec:
     """One row of the comparison.
 
     needs: "nothing"; or "calibration" where the result depends on the calibration sample, so that it is scored with
-    several; or "gradients" of the loss on that sample too, or "joint" moments of all heads. bytes may raise KVSpliceError for a geometry that the codec
-    cannot store.
+    several; or "gradients" of the loss on that sample too, or "joint" moments of all heads. bytes may raise KVSpliceError
+    for a geometry that the codec cannot store.
     """
 
     name: str
