@@ -375,7 +375,7 @@ def test_prefill_gives_the_serving_path_what_the_backend_gives_it(monkeypatch):
     monkeypatch.setattr("vllm_kvsplice.serving.triton_path", module, raising=False)
     monkeypatch.setitem(sys.modules, "vllm_kvsplice.serving.triton_path", module)
     at = job(what="prefill", context=33, query_len=10)
-    codec = kernels_prefill.make_codec(at.preset, 32, 2, "cpu")
+    codec = kernels_prefill.make_codec(at.layout, 2, "cpu")
     batch = kernels_data.make_batch(at.shape, 2, "cpu")
     for call in kernels_prefill.serve(codec, at.shape, batch, torch.zeros(0), (batch.query, batch.query)):
         call()

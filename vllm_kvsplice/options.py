@@ -161,7 +161,10 @@ def demo_options(command: argparse.ArgumentParser) -> None:
 def bench_kernels_options(command: argparse.ArgumentParser) -> None:
     """`kvsplice bench kernels`."""
     add = command.add_argument
-    text = "preset or .toml file, repeatable (default: near_lossless, int8, v_only)"
+    text = (
+        "preset, .toml file, or projector file (each of its layouts, and the mean over its layers), repeatable "
+        "(default: near_lossless, int8, v_only)"
+    )
     add("--layout", dest="presets", action="append", metavar="NAME", help=text)
     add(
         "--heads",

@@ -54,16 +54,13 @@ def run_on(request: KernelsRequest, device: Device) -> int:
     """``run`` on a device that is there; tests give it the CPU, where kernels are interpreted."""
     from vllm_kvsplice.bench.kernels_jobs import list_jobs
     from vllm_kvsplice.bench.kernels_timing import copy_speeds
-    from vllm_kvsplice.calibration.presets import resolve
     from vllm_kvsplice.scoring import results
 
-    for preset in request.presets:
-        resolve(preset, request.head_dim)
+    jobs = list_jobs(request, device.num_sms)
     if request.json:
         results.check_writable(request.json)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     began = time.monotonic()
-    jobs = list_jobs(request, device.num_sms)
     known = _rehearse(request, jobs, device)
     copies = copy_speeds(device)
     print("device copy: " + ", ".join(f"{name} {speed:.0f} GB/s" for name, speed in copies.items()), flush=True)

@@ -6,12 +6,15 @@ In: the request. Out: jobs, in the order of the table. Next: ``kernels_build`` m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_kvsplice.bench.kernels_data import Shape
+from vllm_kvsplice.bench.kernels_layouts import FileLayout, named_layouts
 from vllm_kvsplice.bench.kernels_request import KernelsRequest
+from vllm_kvsplice.calibration.presets import resolve
+from vllm_kvsplice.codec.layout import LatentLayout
 from vllm_kvsplice.errors import KVSpliceError
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ DECODE_PEERS = {
 }
 WRITE_PEERS = {peer: (VLLM_BLOCK_SIZE,) for peer in DECODE_PEERS if peer[0] != "xformers-splitk"}
 PREFILL_PEERS = dict.fromkeys(list(DECODE_PEERS)[:4], (VLLM_BLOCK_SIZE,))
+Layouts = Sequence[tuple[str, FileLayout | None]]  # name, layout of a file or None for a preset
 PEER_NAMES = tuple(dict.fromkeys(kernel for kernel, _ in DECODE_PEERS))
 
 
@@ -42,6 +46,7 @@ class Job:
     None: as served.
 
     A "write" stores ``query_len`` tokens. A "prefill" stores a chunk and attends it to its ``context``.
+    ``of_file``: the layout, where it is a projector file's and ``preset`` only its name in the table.
     """
 
     what: str
@@ -55,11 +60,17 @@ class Job:
     block_size: int
     num_splits: int | None = None
     launch: Launch | None = None
+    of_file: FileLayout | None = None
 
     @property
     def shape(self) -> Shape:
         """The batch that this job is about."""
         return Shape(*self.heads, self.head_dim, self.batch, self.context, self.query_len, self.block_size)
+
+    @property
+    def layout(self) -> LatentLayout:
+        """What our kernels store; of our own jobs alone."""
+        return self.of_file.layout if self.of_file else resolve(self.preset, self.head_dim)[0]
 
     @property
     def point(self) -> tuple[str, tuple[int, int], int, int, int]:
@@ -73,15 +84,20 @@ class Job:
 
 
 def list_jobs(request: KernelsRequest, num_sms: int) -> list[Job]:
-    """Every job of a request, ordered by heads, kind and shape."""
+    """Every job of a request, ordered by heads, kind and shape.
+
+    Raises:
+        KVSpliceError: a layout cannot be read or is of another head_dim, or a peer is not known.
+    """
+    ours = named_layouts(request.presets, request.head_dim)
     jobs: list[Job] = []
     for heads in request.heads:
         if "decode" in request.what:
-            jobs += _decode_jobs(request, heads, num_sms)
+            jobs += _decode_jobs(request, ours, heads, num_sms)
         if "write" in request.what:
-            jobs += _write_jobs(request, heads)
+            jobs += _write_jobs(request, ours, heads)
         if "prefill" in request.what:
-            jobs += _prefill_jobs(request, heads)
+            jobs += _prefill_jobs(request, ours, heads)
     return jobs
 
 
@@ -96,15 +112,16 @@ def _chosen(
     return {peer: sizes for peer, sizes in peers.items() if peer[0] in names}
 
 
-def _decode_jobs(request: KernelsRequest, heads: tuple[int, int], num_sms: int) -> Iterator[Job]:
+def _decode_jobs(request: KernelsRequest, ours: Layouts, heads: tuple[int, int], num_sms: int) -> Iterator[Job]:
     for batch, context in request.shapes:
         for (kernel, preset), sizes in _chosen(request, DECODE_PEERS).items():
             for block_size in sizes:
                 yield Job("decode", kernel, preset, heads, request.head_dim, batch, context, 1, block_size)
-        for preset in request.presets:
+        for preset, of_file in ours:
             for block_size in request.block_sizes:
+                at = OURS, preset, heads, request.head_dim, batch, context, 1, block_size
                 for splits in _split_counts(request, batch, heads[1], context, num_sms):
-                    yield Job("decode", OURS, preset, heads, request.head_dim, batch, context, 1, block_size, splits)
+                    yield Job("decode", *at, splits, of_file=of_file)
 
 
 def _split_counts(
@@ -118,16 +135,19 @@ def _split_counts(
     return sorted({max(1, chosen // 4), max(1, chosen // 2), chosen, chosen * 2, chosen * 4})
 
 
-def _write_jobs(request: KernelsRequest, heads: tuple[int, int]) -> Iterator[Job]:
-    everyone = (*_chosen(request, WRITE_PEERS), *((OURS, preset) for preset in request.presets))
+def _write_jobs(request: KernelsRequest, ours: Layouts, heads: tuple[int, int]) -> Iterator[Job]:
     for tokens in request.write_tokens:
-        for kernel, preset in everyone:
-            yield Job("write", kernel, preset, heads, request.head_dim, 1, tokens, tokens, VLLM_BLOCK_SIZE)
+        sizes = heads, request.head_dim, 1, tokens, tokens, VLLM_BLOCK_SIZE
+        for kernel, preset in _chosen(request, WRITE_PEERS):
+            yield Job("write", kernel, preset, *sizes)
+        for preset, of_file in ours:
+            yield Job("write", OURS, preset, *sizes, of_file=of_file)
 
 
-def _prefill_jobs(request: KernelsRequest, heads: tuple[int, int]) -> Iterator[Job]:
-    everyone = (*_chosen(request, PREFILL_PEERS), *((OURS, preset) for preset in request.presets))
+def _prefill_jobs(request: KernelsRequest, ours: Layouts, heads: tuple[int, int]) -> Iterator[Job]:
     for batch, query_len, cached in request.chunks:
-        for kernel, preset in everyone:
-            context = cached + query_len
-            yield Job("prefill", kernel, preset, heads, request.head_dim, batch, context, query_len, VLLM_BLOCK_SIZE)
+        sizes = heads, request.head_dim, batch, cached + query_len, query_len, VLLM_BLOCK_SIZE
+        for kernel, preset in _chosen(request, PREFILL_PEERS):
+            yield Job("prefill", kernel, preset, *sizes)
+        for preset, of_file in ours:
+            yield Job("prefill", OURS, preset, *sizes, of_file=of_file)

@@ -29,9 +29,8 @@ from vllm_kvsplice.bench.kernels_data import (
 )
 from vllm_kvsplice.bench.kernels_jobs import Job
 from vllm_kvsplice.bench.kernels_timing import Device
-from vllm_kvsplice.calibration.presets import SideRecipe, resolve
 from vllm_kvsplice.codec import reference
-from vllm_kvsplice.codec.layout import LatentLayout
+from vllm_kvsplice.codec.layout import LatentLayout, Side, Tier
 
 WIDE = torch.bfloat16
 STAGES = ("project_query", "decode", "reduce_expand")  # launchers that paged_attention calls
@@ -44,7 +43,7 @@ CHECKED_TOKENS = 256
 
 @dataclass(frozen=True)
 class Codec:
-    """A preset at one shape: its layout and random bases of its kind."""
+    """A layout and random bases of its sizes."""
 
     layout: LatentLayout
     k_encode: Tensor
@@ -65,20 +64,20 @@ class Codec:
         return torch.zeros(shape, dtype=torch.uint8, device=device)
 
 
-def make_codec(preset: str, head_dim: int, num_kv_heads: int, device: str) -> Codec:
-    """Random orthogonal bases with a mean; the identity without one where the preset leaves a side untouched."""
+def make_codec(layout: LatentLayout, num_kv_heads: int, device: str) -> Codec:
+    """Random orthogonal bases with a mean; the identity without one where a side is 16-bit throughout."""
     from kvsplice_kernels.encode import prepare
 
     torch.manual_seed(2)
-    layout, recipe = resolve(preset, head_dim)
+    head_dim = layout.head_dim
     tensors: list[Tensor] = []
-    sides: tuple[tuple[SideRecipe, int], ...] = ((recipe.k, layout.rank("k")), (recipe.v, layout.rank("v")))
-    for side, rank in sides:
+    sides: tuple[Side, ...] = ("k", "v")
+    for side in sides:
         full = torch.linalg.qr(torch.randn(num_kv_heads, head_dim, head_dim))[0]
         mean = torch.randn(num_kv_heads, head_dim) * 0.1
-        if side.untouched:
+        if layout.tiers(side) == (Tier(16, head_dim),):
             full, mean = torch.eye(head_dim).repeat(num_kv_heads, 1, 1), torch.zeros_like(mean)
-        encode = full[:, :rank].contiguous()
+        encode = full[:, : layout.rank(side)].contiguous()
         tensors += [encode, encode.transpose(1, 2).contiguous(), mean]
     k_encode, k_decode, k_mean, v_encode, v_decode, v_mean = (t.to(device) for t in tensors)
     prepared = prepare(k_encode, k_decode, k_mean, v_encode, v_decode, v_mean)
@@ -97,7 +96,7 @@ class DecodeData(NamedTuple):
 
 def decode_data(job: Job, device: Device, copies: int | None) -> DecodeData:
     """What a decode job reads; pages for ``copies`` calls."""
-    shape, codec = job.shape, make_codec(job.preset, job.head_dim, job.heads[1], device.name)
+    shape, codec = job.shape, make_codec(job.layout, job.heads[1], device.name)
     moved = shape.batch * shape.context * shape.num_kv_heads * codec.layout.bytes_per_token_head
     batch = make_batch(shape, copies or num_copies(moved, device.cold_bytes), device.name)
     cache = codec.make_cache(batch.num_blocks, shape.num_kv_heads, shape.block_size, device.name)
@@ -177,7 +176,7 @@ def write_tokens(codec: Codec, cache: Tensor, key: Tensor, value: Tensor, slots:
 
 def write(job: Job, device: Device, copies: int | None) -> Prepared:
     """Cache write of ``query_len`` tokens, each call into other slots of a cache larger than L2; keys and values are warm."""
-    shape, codec = job.shape, make_codec(job.preset, job.head_dim, job.heads[1], device.name)
+    shape, codec = job.shape, make_codec(job.layout, job.heads[1], device.name)
     cell = shape.num_kv_heads * codec.layout.bytes_per_token_head
     slots = write_slots(shape, cell, device.cold_bytes, copies, device.name)
     num_blocks = int(max(s.max() for s in slots)) // shape.block_size + 1

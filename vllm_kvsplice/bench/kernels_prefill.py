@@ -83,7 +83,7 @@ def serve(codec: Codec, shape: Shape, batch: Batch, cache: Tensor, fresh: tuple[
 
 
 def _ours(job: Job, device: Device, copies: int | None) -> Prepared:
-    shape, codec = job.shape, make_codec(job.preset, job.head_dim, job.heads[1], device.name)
+    shape, codec = job.shape, make_codec(job.layout, job.heads[1], device.name)
     cell = shape.num_kv_heads * codec.layout.bytes_per_token_head
     batch = _batch(shape, cell, device, copies)
     cache = codec.make_cache(batch.num_blocks, shape.num_kv_heads, shape.block_size, device.name)

@@ -3,15 +3,19 @@
 
 A row's ``ratio_to_fa3_bf16`` is how many times as fast it is as the fastest FlashAttention-3 row over bf16 of the same
 point; ``gb_s`` are 1e9 bytes a second, ``pct_of_copy`` their share of what a device copy moved in the same run.
+``layers``: of a projector file that have this layout, or that a mean is over; None for presets and peers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vllm_kvsplice.bench.kernels_build import Outcome
 from vllm_kvsplice.bench.kernels_jobs import BASELINE, Job
+from vllm_kvsplice.bench.kernels_layouts import mean_name
 from vllm_kvsplice.bench.kernels_timing import Times
 from vllm_kvsplice.scoring.results import table
 
@@ -20,7 +24,8 @@ HEADER = ("kernel", "preset", "block", "splits", "p20 us", "p50 us", "p80 us", "
 
 
 def rows_of(outcomes: Sequence[tuple[Job, Outcome]], copy_gb_s: float) -> list[Row]:
-    """Rows of one point: every job that was timed, each followed by its stages as "kernel: stage"."""
+    """Rows of one point: every job that was timed, each followed by its stages as "kernel: stage"; the means of files last."""
+    outcomes = [*outcomes, *_means(outcomes)]
     timed = [(job, outcome) for job, outcome in outcomes if outcome.times is not None]
     baseline = [o.times.p50 for job, o in timed if o.times and (job.kernel, job.preset) == BASELINE]
     rows = []
@@ -32,6 +37,41 @@ def rows_of(outcomes: Sequence[tuple[Job, Outcome]], copy_gb_s: float) -> list[R
             name = f"{job.kernel}: {stage.name}"
             rows.append(_row(job, name, outcome, stage.times, stage.bytes, copy_gb_s, None))
     return rows
+
+
+def _means(outcomes: Sequence[tuple[Job, Outcome]]) -> Iterator[tuple[Job, Outcome]]:
+    """For each projector file, block size and asked split count: times and bytes of the mean layer, without stages.
+
+    None of a file of which a layout was not timed. The error is the worst layout's.
+    """
+    files: dict[object, list[tuple[Job, Outcome]]] = defaultdict(list)
+    for job, outcome in outcomes:
+        if job.of_file:
+            files[job.of_file.file, job.block_size, job.num_splits].append((job, outcome))
+    for of in files.values():
+        if all(outcome.times for _, outcome in of):
+            yield _mean(of)
+
+
+def _mean(of: Sequence[tuple[Job, Outcome]]) -> tuple[Job, Outcome]:
+    weights = [job.of_file.layers for job, _ in of if job.of_file]
+    each = [outcome for _, outcome in of]
+    job, part, layers = of[0][0], of[0][0].of_file, sum(weights)
+    assert part is not None
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(n * value for n, value in zip(weights, values, strict=True)) / layers
+
+    times = Times(*map(mean, zip(*(outcome.times for outcome in each if outcome.times), strict=True)))
+    splits = {outcome.num_splits for outcome in each}
+    outcome = Outcome(
+        "ok",
+        error=max(outcome.error or 0.0 for outcome in each),
+        times=times,
+        bytes=round(mean([outcome.bytes for outcome in each])),
+        num_splits=splits.pop() if len(splits) == 1 else None,
+    )
+    return replace(job, preset=mean_name(part.file, layers), of_file=part._replace(layers=layers)), outcome
 
 
 def failure(job: Job, outcome: Outcome) -> Row:
@@ -98,6 +138,7 @@ def _place(job: Job, kernel: str, num_splits: int | None) -> Row:
         "query_len": job.query_len,
         "block_size": job.block_size,
         "num_splits": num_splits,
+        "layers": job.of_file.layers if job.of_file else None,
     }
 
 

@@ -16,7 +16,8 @@ class KernelsRequest:
     """A run of the kernel benchmark.
 
     Args:
-        presets: names or .toml files, as `kvsplice calibrate --preset` takes them; bases are random.
+        presets: names or .toml files, as `kvsplice calibrate --preset` takes them, or projector files (.safetensors), of
+            which every distinct layout is measured, and their mean over the file's layers; bases are random.
         heads: (query heads, KV heads). shapes: (requests, tokens of each) of the decode kernel.
         what: "decode", "write" and "prefill". peers: other kernels beside ours, where they can be imported; peer: those of
             these names alone, for example "flash-attention-3".
