@@ -203,6 +203,12 @@ def test_layers_of_one_size_share_a_class_and_a_reload_may_change_it() -> None:
     assert small.get_name() == "KVSPLICE"
 
 
+def test_pages_are_of_64_tokens_unless_vllm_wants_more():
+    backend = backend_with_bytes(KVSpliceBackend, 88)
+    assert [backend.get_preferred_block_size(n) for n in (16, 64, 128)] == [64, 64, 128]
+    assert backend.supports_block_size(64)
+
+
 def test_what_the_backend_tells_vllm_on_cuda() -> None:
     ours = KVSpliceBackend
     wrong = dict(has_sink=True, use_mm_prefix=True, use_mla=True, use_non_causal=True, use_batch_invariant=True,

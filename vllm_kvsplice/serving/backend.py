@@ -21,6 +21,9 @@ from vllm_kvsplice.serving.vllm_compat import (
     SlidingWindowSpec,
 )
 
+# Tokens. The decode kernel is 5 % faster than with vLLM's 16 (docs/results/kernels-h200.json), and prompts share whole pages.
+PREFERRED_BLOCK_SIZE = 64
+
 
 class KVSpliceBackend(AttentionBackend):
     """Attention over compressed pages. vLLM resolves this class by its path; layers then get subclasses of it, see below."""
@@ -49,6 +52,11 @@ class KVSpliceBackend(AttentionBackend):
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
         return [MultipleOf(BLOCK_MULTIPLE)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Tokens of a page without --block-size; vLLM asks where all layers have one backend class."""
+        return max(default_block_size, PREFERRED_BLOCK_SIZE)
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
