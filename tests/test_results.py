@@ -78,20 +78,70 @@ SHAPES = [(64, 4096), (256, 2048), (16, 32768), (8, 8192), (1, 32768)]
 
 
 @pytest.mark.parametrize(("batch", "context"), SHAPES)
-def test_kernel_speeds_are_quoted_as_measured(batch, context):
-    h100 = partial(best_us, "kernels-h100", batch=batch, context=context)
-    bf16, fp8 = (h100("flash-attention-3", p) for p in ("bf16", "fp8"))
-    at_16 = [h100("kvsplice", p, block_size=16) for p in ("near_lossless", "balanced", "max", "int8")]
-    cells = " | ".join(f"{us:.1f} ({bf16 / us:.2f}x)" for us in at_16)
-    assert f"| {batch} x {context} | {bf16:.1f} | {fp8:.1f} | {cells} |" in README
-    ours, ours_64 = (h100("kvsplice", "near_lossless", block_size=n) for n in (16, 64))
+@pytest.mark.parametrize("gpu", ["h100", "h200"])
+def test_kernel_speeds_are_quoted_as_measured(gpu, batch, context):
+    us = partial(best_us, f"kernels-{gpu}", batch=batch, context=context)
+    bf16, fp8 = (us("flash-attention-3", p) for p in ("bf16", "fp8"))
+    ours, ours_64 = (us("kvsplice", "near_lossless", block_size=n) for n in (16, 64))
     cells = f"| {batch} x {context} | {bf16:.1f} | {fp8:.1f} | {ours:.1f} / {ours_64:.1f} | {bf16 / ours:.2f} / {bf16 / ours_64:.2f} |"
     assert cells in PERFORMANCE
     others = [("kvsplice", p) for p in ("near_lossless", "balanced", "max", "int8", "v_only")]
     others += [("flash-attention-3", "fp8"), *(("vllm-triton", p) for p in ("bf16", "int8", "int4"))]
     others += [("turboquant", "k8v4"), ("turboquant", "4bit_nc")]
-    cells = " | ".join(f"{bf16 / h100(*other):.2f}" for other in others)
+    cells = " | ".join(f"{bf16 / us(*other):.2f}" for other in others)
     assert f"| {batch} x {context} | {cells} |" in PERFORMANCE
+
+
+@pytest.mark.parametrize(("batch", "context"), SHAPES)
+def test_the_readme_quotes_kernel_speeds_of_an_h200(batch, context):
+    us = partial(best_us, "kernels-h200", batch=batch, context=context)
+    bf16, fp8 = (us("flash-attention-3", p) for p in ("bf16", "fp8"))
+    at_64 = [us("kvsplice", p, block_size=64) for p in ("near_lossless", "balanced", "max", "int8")]
+    cells = " | ".join(f"{t:.1f} ({bf16 / t:.2f}x)" for t in at_64)
+    assert f"| {batch} x {context} | {bf16:.1f} | {fp8:.1f} | {cells} |" in README
+
+
+TUNED = ("tuned291 (mean of 8 layers)", "tuned50 (mean of 8 layers)")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["near_lossless", "balanced", "max", *TUNED, *(f"v_cut_{n}.toml" for n in ("132", "132b", "124", "107", "100"))],
+)
+def test_speeds_of_layouts_are_quoted_as_measured(layout):
+    us = partial(best_us, "kernels-layouts-h200", batch=64, context=4096)
+    bf16, ours = us("flash-attention-3", "bf16"), us("kvsplice", layout, block_size=64)
+    (line,) = [
+        x
+        for x in PERFORMANCE.splitlines()
+        if re.match(rf"\| `?{re.escape(layout.removesuffix('.toml'))}`? \| (K|six)", x)
+    ]
+    assert f" | {ours:.1f} | {bf16 / ours:.2f}x |" in line
+
+
+def test_speeds_of_tuned_layouts_are_quoted_as_measured():
+    us = partial(best_us, "kernels-layouts-h200", batch=64, context=4096)
+    bf16 = us("flash-attention-3", "bf16")
+    tuned, tuned_50, ours = (bf16 / us("kvsplice", p, block_size=64) for p in (*TUNED, "near_lossless"))
+    assert f"at {tuned:.2f}x and {tuned_50:.2f}x the speed" in QUALITY
+    assert f"`near_lossless` at {ours:.2f}x;" in QUALITY
+
+
+def test_prefill_is_quoted_as_measured():
+    for (batch, new, context), shown in (
+        ((4, 2048, 2048), "4 x 2048 tokens"),
+        ((1, 8192, 8192), "1 x 8192 tokens"),
+        ((1, 8192, 40960), "1 x 8192 tokens after 32768 cached"),
+    ):
+        us = {
+            (r["kernel"], r["preset"]): r["p50_us"]
+            for r in RESULTS["prefill-h200"]["rows"]
+            if (r["batch"], r["query_len"], r["context"]) == (batch, new, context)
+        }
+        bf16, fp8 = (us["flash-attention-3", p] for p in ("bf16", "fp8"))
+        ours = [us["kvsplice", p] for p in ("near_lossless", "balanced", "max", "int8", "v_only")]
+        cells = " | ".join(f"{t:.1f} ({bf16 / t:.2f}x)" for t in ours)
+        assert f"| {shown} | {bf16:.1f} | {bf16 / fp8:.2f}x | {cells} |" in PERFORMANCE
 
 
 @pytest.mark.parametrize(
@@ -109,46 +159,30 @@ def test_other_heads_are_quoted_as_measured(file, heads, head_dim, batch, contex
     assert f"| {heads} x {head_dim} | {batch} x {context} | {cells} |" in PERFORMANCE
 
 
-@pytest.mark.parametrize(("batch", "context"), [(64, 4096), (256, 2048), (16, 32768), (8, 8192), (1, 32768)])
-def test_kernel_speeds_on_an_h200_are_quoted_as_measured(batch, context):
-    bf16, fp8 = (best_us("kernels-h200", "flash-attention-3", p, batch, context) for p in ("bf16", "fp8"))
-    ours = [best_us("kernels-near_lossless-h200", "kvsplice", "near_lossless", batch, context, n) for n in (16, 64)]
-    others = [bf16 / best_us("kernels-h200", "kvsplice", p, batch, context) for p in ("max", "int8", "v_only")]
-    cells = [
-        f"{bf16:.1f}",
-        f"{fp8:.1f}",
-        f"{ours[0]:.1f} / {ours[1]:.1f}",
-        f"{bf16 / ours[0]:.2f} / {bf16 / ours[1]:.2f}",
-    ]
-    assert f"| {batch} x {context} | {' | '.join(cells + [f'{x:.2f}' for x in others])} |" in PERFORMANCE
-
-
 def test_profiles_and_writes_are_quoted_as_measured():
     for reading in RESULTS["profile-decode-h200"]["readings"].values():
         quoted = f"| {reading['l2_sectors_per_16_tokens']} | {reading['shared_wavefronts_per_16_tokens']} |"
         assert quoted in PERFORMANCE
     writes = {
         (r["preset"], r["query_len"], r["kernel"]): r["p50_us"]
-        for r in RESULTS["kernels-h100"]["rows"]
+        for r in RESULTS["kernels-h200"]["rows"]
         if r["what"] == "write"
     }
-    for tokens in (1, 64):
+    for tokens in (1, 64, 256, 2048, 8192):
         cells = [f"{writes['bf16', tokens, 'flash-attention-3']:.1f}"]
         cells += [
             f"{writes[p, tokens, 'kvsplice']:.1f}" for p in ("near_lossless", "int8", "v_only", "balanced", "max")
         ]
         assert f"| {tokens} | {' | '.join(cells)} |" in PERFORMANCE
-    for name in ("checks-h100", "checks-h200"):
+    for name in ("checks-h100", "checks-h200", "sanitizer-h200"):
         assert RESULTS[name]["checks"] == {"ok": 98, "failed": []}
+    assert RESULTS["sanitizer-h200"]["error_summary"] == "ERROR SUMMARY: 0 errors"
 
 
 @pytest.mark.parametrize(
     ("file", "point"),
     [
-        ("serve-h100", 0),
-        ("serve-h100", 1),
-        ("serve-fp8-h100", 0),
-        ("serve-fp8-h100", 2),
+        *((f"serve-{name}h200", i) for name in ("", "v_only-") for i in range(3)),
         *((BALANCED, i) for i in range(3)),
     ],
 )
@@ -158,6 +192,27 @@ def test_times_per_token_are_quoted_as_measured(file, point):
     cells = [f"{base:.2f}", *(f"{tpot:.2f} ({tpot / base:.2f}x)" for tpot in others)]
     name = f"{points[0]['batch']} x {points[0]['context']} (`{file}`)"
     assert f"| {name} | {' | '.join(cells)} |" in README
+
+
+def test_shares_of_the_time_per_token_are_quoted_as_measured():
+    for file, setting, quoted in (
+        ("serve-h200", "kvsplice:near_lossless", "| `near_lossless` | .73 / .62 / .99 |"),
+        ("serve-h200", "kvsplice:max", "| `max` | .74 / .63 / 1.00 |"),
+        ("serve-v_only-h200", "kvsplice:v_only", "| `v_only` | .883 / .820 / .99 |"),
+        ("serve-v_only-h200", "fp8", "| fp8 | .91 / .85 / 1.03 |"),
+        ("serve-v_cut-h200", "kvsplice:v_cut_132.toml", "| `v_cut_132`, 3.87x the tokens | .68 / .58 |"),
+    ):
+        shares = RESULTS[file]["summary"]["settings"][setting]["tpot_ratio"].values()
+        shown = quoted.split("|")[2].strip().split(" / ")
+        assert quoted in PERFORMANCE
+        assert shown == [f"{x:.{len(s.split('.')[1])}f}".lstrip("0") for x, s in zip(shares, shown, strict=True)]
+
+
+def test_launch_parameters_of_an_h200_are_quoted_as_measured():
+    entries = json.loads((ROOT / "configs/launch/NVIDIA_H200.json").read_text())["entries"]
+    gain = {e["measured"]["preset"]: f"{100 * (e['measured']['speedup'] - 1):.1f} %" for e in entries if e["launch"]}
+    assert f"`v_only` {gain.pop('v_only')}, `max` {gain.pop('max')} and `int8` {gain.pop('int8')} faster" in PERFORMANCE
+    assert not gain
 
 
 def test_launch_parameters_are_quoted_as_measured():
