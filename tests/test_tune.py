@@ -10,7 +10,7 @@ import pytest
 from vllm_kvsplice import cli
 from vllm_kvsplice.calibration.presets import load_preset
 from vllm_kvsplice.calibration.texts import Text
-from vllm_kvsplice.codec.layout import LatentLayout, runs
+from vllm_kvsplice.codec.layout import LatentLayout, Tier, runs
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.scoring.metrics import Scores
 from vllm_kvsplice.tuning import allocate, candidates, search, texts
@@ -41,6 +41,20 @@ def test_every_plan_is_a_layout_that_kernels_read_in_long_runs(head_dim):
             assert candidates.side_bytes(head_dim, plan) == layout.side_bytes("v")
             assert min(length for t in layout.k if t.bits for _, length in runs(t.code_bytes)) >= candidates.MIN_RUN
             assert all(dims % candidates.step_of(head_dim) == 0 for _, dims in plan)
+
+
+@pytest.mark.parametrize("head_dim", [24, 64, 80, 96, 128, 256])
+def test_fast_plans_have_two_tiers_and_no_short_run(head_dim):
+    for side in ("k", "v"):
+        plans = candidates.tier_plans(head_dim, side, fast=True)
+        assert len(plans) >= 3 and set(plans) <= set(candidates.tier_plans(head_dim, side))
+        for plan in plans:
+            stored = [Tier(bits, dims) for bits, dims in plan if bits]
+            assert len(stored) <= 2
+            assert min(length for t in stored for _, length in runs(t.code_bytes)) >= head_dim / 8
+    if head_dim == 128:
+        assert ((8, 32), (4, 96)) in plans and ((8, 16), (4, 64), (0, 48)) in plans
+        assert not {((8, 16), (4, 112)), ((8, 16), (4, 80), (2, 32))} & set(plans)
 
 
 def test_plans_hold_the_presets_and_k_keeps_every_dimension():

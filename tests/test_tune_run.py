@@ -18,6 +18,7 @@ from vllm_kvsplice.codec.projector import Projector
 from vllm_kvsplice.scoring import evaluate
 from vllm_kvsplice.tuning import codecs, sensitivity, tune, verify
 from vllm_kvsplice.tuning.allocate import Pair, Point
+from vllm_kvsplice.tuning.candidates import SIDES, tier_plans
 
 BASE = load_preset("near_lossless")
 DEMO = str(Path(__file__).resolve().parents[1] / "vllm_kvsplice" / "demo" / "model")
@@ -118,11 +119,15 @@ def test_every_uniform_layout_costs_more_at_equal_loss(tuned):
 
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory):
-    """A model with sliding and full layers, tuned: its folder, its file, the result."""
+    """A model with sliding and full layers, tuned to fast plans: its folder, its file, the result."""
     folder = tmp_path_factory.mktemp("hybrid")
     model = save(folder / "gemma", "gemma2", num_hidden_layers=2, num_key_value_heads=1, head_dim=64, vocab_size=320)
     out = str(folder / "t.safetensors")
-    return model, out, tune.run(tune.TuneRequest(model, out, target_ratio=3.0, seq_len=64, samples=4, windows=2))
+    return (
+        model,
+        out,
+        tune.run(tune.TuneRequest(model, out, target_ratio=3.0, fast=True, seq_len=64, samples=4, windows=2)),
+    )
 
 
 def test_a_model_with_two_window_sizes_gets_pages_of_one_size(hybrid):
@@ -131,6 +136,9 @@ def test_a_model_with_two_window_sizes_gets_pages_of_one_size(hybrid):
     largest = max(layer.layout.bytes_per_token_head for layer in layers)
     assert result["tune"]["even_layers"] and result["bytes_per_token_head"] == largest
     assert 3.0 <= result["ratio"]["kv"] == 2 * dense_bytes(64) / result["bytes_per_token_head"] < 3.2
+    for layer in layers:
+        for side in SIDES:
+            assert tuple((t.bits, t.dims) for t in layer.layout.tiers(side)) in tier_plans(64, side, fast=True)
 
 
 @pytest.mark.engine

@@ -123,6 +123,10 @@ def tune_options(command: argparse.ArgumentParser) -> None:
     add("--verify-text", metavar="FILE", help=text_help)
     even_help = "pages of one size for all layers, as models with several attention windows have anyway"
     add("--even-layers", action="store_true", help=even_help)
+    fast_help = (
+        "only tiers that the decode kernel reads fastest: two a side, no short runs; a little more loss at equal bytes"
+    )
+    add("--fast", action="store_true", help=fast_help)
     add("--samples", type=int, metavar="N", help="windows of calibration text (default: 32)")
     add("--windows", type=int, metavar="N", help="windows of verification text, 0 for all (default: 12)")
     add("--seq-len", type=int, metavar="N", help="tokens per window (default: 2048, or what the model holds)")

@@ -21,6 +21,10 @@ STEPS = 8  # a tier is so many eighths of head_dim, or TIER_MULTIPLE where an ei
 # Least bytes of a run of codes (layout.runs). Kernels pad shorter runs to a tensor core's 16 rows or 32 bytes, so that they
 # cost the time of longer ones and save next to nothing.
 MIN_RUN = 8
+# The plans that decode reads fastest: two stored tiers, no run below an eighth of head_dim. At equal bytes such a layout took 49 us,
+# one with short runs 57, and layouts of five and six tiers 54 to 78 (docs/results/kernels-layouts-h200.json).
+FAST_TIERS = 2
+FAST_RUN_SHARE = 8
 WIDE = 16  # bits of an untouched side
 
 
@@ -32,8 +36,9 @@ class Option(NamedTuple):
     loss: float  # predicted KL divergence per token, nats, of this side of this layer alone
 
 
-def tier_plans(head_dim: int, side: Side) -> list[Tiers]:
-    """Every plan of a side: untouched, or whole eighths of head_dim in tiers below 16 bits.
+def tier_plans(head_dim: int, side: Side, fast: bool = False) -> list[Tiers]:
+    """Every plan of a side: untouched, or whole eighths of head_dim in tiers below 16 bits; ``fast``: of those, what decode
+    reads fastest.
 
     K drops no dimension: retrieval falls long before a KL divergence on prose shows it.
     """
@@ -41,7 +46,7 @@ def tier_plans(head_dim: int, side: Side) -> list[Tiers]:
     found = [
         plan
         for plan in _compositions(head_dim, step_of(head_dim), narrow)
-        if _readable(plan) and _valid(head_dim, plan)
+        if _readable(plan) and _valid(head_dim, plan) and (not fast or _fast(head_dim, plan))
     ]
     return [((WIDE, head_dim),), *found]
 
@@ -82,8 +87,17 @@ def _compositions(dims: int, step: int, widths: Sequence[int]) -> Iterator[Tiers
 
 
 def _readable(plan: Tiers) -> bool:
-    lengths = [length for bits, dims in plan if bits for _, length in runs(Tier(bits, dims).code_bytes)]
+    lengths = _runs_of(plan)
     return bool(lengths) and min(lengths) >= MIN_RUN
+
+
+def _fast(head_dim: int, plan: Tiers) -> bool:
+    return sum(bits > 0 for bits, _ in plan) <= FAST_TIERS and min(_runs_of(plan)) * FAST_RUN_SHARE >= head_dim
+
+
+def _runs_of(plan: Tiers) -> list[int]:
+    """Bytes of every run of codes."""
+    return [length for bits, dims in plan if bits for _, length in runs(Tier(bits, dims).code_bytes)]
 
 
 def _valid(head_dim: int, plan: Tiers) -> bool:

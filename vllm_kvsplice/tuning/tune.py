@@ -48,7 +48,7 @@ class TuneRequest:
 
     ``text``, ``dataset`` and ``verify_text`` as in ``texts.choose``. ``samples`` and ``seq_len`` as in calibration;
     ``windows``: of verification text, 0 is all of it. ``even_layers`` gives all layers pages of one size, which models
-    with several attention windows get anyway.
+    with several attention windows get anyway. ``fast``: only plans that decode reads fastest, at a little more loss.
     """
 
     model: str
@@ -60,6 +60,7 @@ class TuneRequest:
     budget_kld: float | None = None
     target_ratio: float | None = None
     even_layers: bool = False
+    fast: bool = False
     samples: int = 32
     windows: int = 12
     seq_len: int | None = None
@@ -82,7 +83,7 @@ def run(request: TuneRequest) -> dict[str, Any]:
     clock = [time.perf_counter()]
     seen = calibrate.collect(model, sample)
     clock.append(time.perf_counter())
-    front, uniform = fronts(model, sample, seen, even, request.seed)
+    front, uniform = fronts(model, sample, seen, even, request.seed, request.fast)
     clock.append(time.perf_counter())
     solve = codecs.solver(model, seen, load_preset(BASE_PRESET))
     few = min(len(windows), max(FEW_WINDOWS, len(windows) // 4))
@@ -110,11 +111,11 @@ def run(request: TuneRequest) -> dict[str, Any]:
 
 
 def fronts(
-    model: Any, sample: Tensor, seen: Mapping[int, Moments], even: bool, seed: int
+    model: Any, sample: Tensor, seen: Mapping[int, Moments], even: bool, seed: int, fast: bool = False
 ) -> tuple[list[Point], list[Point]]:
     """The front of what the tuner may choose, and that of one layout for all layers, from the calibration text alone."""
     head_dim = model_shape(model.config).head_dim
-    plans = {side: tier_plans(head_dim, side) for side in SIDES}
+    plans = {side: tier_plans(head_dim, side, fast) for side in SIDES}
     few = sample[: max(1, SENSITIVITY_TOKENS // sample.shape[1])]
     options = sensitivity.measure(model, few, seen, load_preset(BASE_PRESET), plans, seed)
     layers = [(options[i, "k"], options[i, "v"]) for i in sorted(seen)]
