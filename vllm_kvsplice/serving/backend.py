@@ -21,7 +21,7 @@ from vllm_kvsplice.serving.vllm_compat import (
     SlidingWindowSpec,
 )
 
-# Tokens. The decode kernel is 5 % faster than with vLLM's 16 (docs/results/kernels-h200.json), and prompts share whole pages.
+# Tokens. With vLLM's 16 the attention of a long decode step takes 6 % longer (docs/results/kernels-h200.json).
 PREFERRED_BLOCK_SIZE = 64
 
 
