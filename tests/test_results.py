@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from vllm_kvsplice.calibration.presets import resolve
+
 ROOT = Path(__file__).parents[1]
 RESULTS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "docs/results").glob("*.json")}
 README = (ROOT / "README.md").read_text()
@@ -122,6 +124,10 @@ def test_speeds_of_layouts_are_quoted_as_measured(layout):
         if re.match(rf"\| `?{re.escape(layout.removesuffix('.toml'))}`? \| (K|six)", x)
     ]
     assert f" | {ours:.1f} | {bf16 / ours:.2f}x |" in line
+    if layout.endswith(".toml"):
+        shown = str(resolve(str(ROOT / "configs/candidates" / layout), 128)[0])
+        tiers = line.split("|")[2].strip()
+        assert re.sub(r"\+(\d+)x0", r", \1 dropped", shown) == tiers
 
 
 def test_speeds_of_tuned_layouts_are_quoted_as_measured():

@@ -21,8 +21,8 @@ STEPS = 8  # a tier is so many eighths of head_dim, or TIER_MULTIPLE where an ei
 # Least bytes of a run of codes (layout.runs). Kernels pad shorter runs to a tensor core's 16 rows or 32 bytes, so that they
 # cost the time of longer ones and save next to nothing.
 MIN_RUN = 8
-# The plans that decode reads fastest: two stored tiers, no run below an eighth of head_dim. At equal bytes such a layout took 49 us,
-# one with short runs 57, and layouts of five and six tiers 54 to 78 (docs/results/kernels-layouts-h200.json).
+# The plans that decode reads fastest: two stored tiers, no run below an eighth of head_dim. Of 132 bytes such a layout took 49 us, one with
+# shorter runs 57; layouts of 94 to 181 bytes with five or six tiers took 61 to 78 (docs/results/kernels-layouts-h200.json).
 FAST_TIERS = 2
 FAST_RUN_SHARE = 8
 WIDE = 16  # bits of an untouched side
