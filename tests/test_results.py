@@ -54,7 +54,7 @@ def codec_cells(codec):
 
 def whole_test():
     """The presets on the whole WikiText-2 test, by name."""
-    return {c["name"]: c for f in ("whole-ref-d128", "balanced-ref-d128") for c in RESULTS[f]["codecs"]}
+    return {c["name"]: c for f in ("whole-ref-d128", "whole-ref-d128-2") for c in RESULTS[f]["codecs"]}
 
 
 def test_presets_are_quoted_as_measured():
@@ -298,15 +298,39 @@ def test_tuning_is_quoted_as_measured():
         assert f"{sizes} {row['tuned']['bytes_per_token_head']:.1f} | {row['tuned']['kld']:.6f} |" in QUALITY
 
 
-def test_tuned_files_are_quoted_as_measured():
-    _, *tuned = RESULTS["tuned-ref-d128"]["codecs"]
+TUNED_FILES = {"tuned291": "291", "tuned382": "382", "tuned50": "500"}
+
+
+@pytest.mark.parametrize("name", TUNED_FILES)
+def test_tuned_files_are_quoted_as_measured(name):
+    scored = {c["name"]: c for c in RESULTS["tuned-ref-d128"]["codecs"]}
     assert f"{RESULTS['tuned-ref-d128']['windows']} windows" in README
-    for codec, made in zip(tuned, ("291", "500"), strict=True):
-        assert codec["bytes_per_token_head"]["kv"] == RESULTS[f"tune-ref-d128-{made}"]["bytes_per_token_head"]
-        assert codec_cells(codec) in README.replace("\n", " ")
+    tuned, fast = (scored[f"file:{n}.safetensors"] for n in (name, f"{name}fast"))
+    speed = mean_of_layers(f"{name}fast", 64)["ratio_to_fa3_bf16"]
+    assert f"| {codec_cells(tuned)} | {codec_cells(fast)} | {speed:.2f}x |" in README
+    for codec, made, label, shown in ((tuned, "", "tuned", ""), (fast, "fast-", "tuned, `--fast`", f"{speed:.2f}x")):
         ppl, kv = codec["delta_ppl_pct"], codec["bytes_per_token_head"]["kv"]
-        cells = f"{codec['ratio']['kv']:.2f}x | {kv:.1f} | {ppl['mean']:+.3f} +- {ppl['se']:.3f} % | {codec['kld']['mean']:.5f}"
-        assert f"| {cells} | {100 * codec['top1']:.1f} % |" in QUALITY
+        assert kv == RESULTS[f"tune-ref-d128-{made}{TUNED_FILES[name]}"]["bytes_per_token_head"]
+        cells = f"{codec['ratio']['kv']:.2f}x, {label} | {kv:.1f} | {ppl['mean']:+.3f} +- {ppl['se']:.3f} % | {codec['kld']['mean']:.5f}"
+        assert f"| {cells} | {100 * codec['top1']:.1f} % | {100 * codec['needle']:.0f} % | {shown} |" in QUALITY
+
+
+def mean_of_layers(name, batch):
+    """Decode of a projector file, the mean over its layers, or of a preset."""
+    (row,) = [
+        r
+        for r in RESULTS["kernels-fast-h200"]["rows"]
+        if (r["kernel"], r["batch"]) == ("kvsplice", batch) and r["preset"].split(" (mean")[0] == name
+    ]
+    return row
+
+
+@pytest.mark.parametrize("name", ["near_lossless", *(f"{n}fast" for n in TUNED_FILES)])
+def test_speeds_of_fast_files_are_quoted_as_measured(name):
+    rows = [mean_of_layers(name, batch) for batch in (64, 16, 8)]
+    cells = " | ".join(f"{r['p50_us']:.1f} ({r['ratio_to_fa3_bf16']:.2f}x)" for r in rows)
+    (line,) = [x for x in PERFORMANCE.splitlines() if x.startswith(f"| {name} | ")]
+    assert line.endswith(f" | {cells} |")
 
 
 @pytest.mark.parametrize("name", ["v_only", "near_lossless", "balanced", "max"])

@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from vllm_kvsplice.calibration import texts
 from vllm_kvsplice.calibration.texts import Text, load_text, prose, token_windows
 from vllm_kvsplice.errors import KVSpliceError
 
@@ -109,3 +110,12 @@ def test_data_sets(monkeypatch):
     with pytest.raises(KVSpliceError, match=r"cannot be loaded \(no route\)") as caught:
         load_text(dataset="c4")
     assert "\n" not in str(caught.value)
+
+
+def test_code_of_modules_that_are_packages_is_found_too(tmp_path):
+    """zipfile is a file in Python 3.11 and a package from 3.12 on."""
+    (tmp_path / "plain.py").write_text("a = 1\n")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/__init__.py").write_text("b = 2\n")
+    assert texts._source(tmp_path, "plain") == tmp_path / "plain.py"
+    assert texts._source(tmp_path, "package") == tmp_path / "package/__init__.py"

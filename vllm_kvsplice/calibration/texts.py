@@ -88,7 +88,13 @@ def code_text(held_out: bool = False) -> Text:
     folder = Path(sysconfig.get_path("stdlib"))
     names = HELD_OUT_CODE if held_out else CODE
     name = "Python's standard library" + (" (held out)" if held_out else "")
-    return Text(name, "\n".join(_file(folder / f"{module}.py") for module in names))
+    return Text(name, "\n".join(_file(_source(folder, module)) for module in names))
+
+
+def _source(folder: Path, module: str) -> Path:
+    """File of a module, or of a package's own code: zipfile is a package from Python 3.12 on."""
+    file = folder / f"{module}.py"
+    return file if file.is_file() else folder / module / "__init__.py"
 
 
 def prose(documents: Iterable[str]) -> str:
