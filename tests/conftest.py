@@ -11,7 +11,6 @@ import signal
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")  # `bench kernels` lowers it where unset, for tests after it
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override the kv_cache_memory_bytes that the tests set
 
 if "PYTEST_XDIST_WORKER" in os.environ:

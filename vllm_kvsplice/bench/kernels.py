@@ -47,6 +47,7 @@ def run(request: KernelsRequest) -> int:
         raise KVSpliceError(
             "kvsplice bench kernels found no NVIDIA GPU: expected one that torch.cuda can use, see `nvidia-smi`."
         )
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # of the command alone, not of who calls run_on
     return run_on(request, Device())
 
 
@@ -59,7 +60,6 @@ def run_on(request: KernelsRequest, device: Device) -> int:
     jobs = list_jobs(request, device.num_sms)
     if request.json:
         results.check_writable(request.json)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     began = time.monotonic()
     known = _rehearse(request, jobs, device)
     copies = copy_speeds(device)
