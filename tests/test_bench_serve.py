@@ -67,6 +67,7 @@ def test_unknown_settings_are_refused(name, weights, message):
         (dict(points=()), "nothing to measure"),
         (dict(points=((0, 8),)), "at least 1"),
         (dict(concurrency=(4, 0)), "at least 1"),
+        (dict(concurrency=("fit",), also=("throughput",)), "fit leaves open"),
         (dict(point_output=128), "for example 129"),
         (dict(also=("startup",)), "--also startup"),
         (dict(goodput=("itl:5",)), "--goodput itl"),
@@ -93,6 +94,16 @@ def test_engines_differ_in_their_cache_alone():
     assert int(pairs["--max-model-len"]) >= 32768 + 129
     assert pairs["--gpu-memory-utilization"] == "0.9" and pairs["--load-format"] == "dummy"
     assert pairs["--max-num-partial-prefills"] == "2"
+
+
+def test_as_many_users_as_fit():
+    request = dataclasses.replace(DUMMY, points=(), concurrency=("fit", 8), sweep_input=8192, sweep_output=4096)
+    check(request)
+    assert "--max-num-seqs" in (args := commands.engine_args(request, parse_setting("bf16", "dummy"), None, "tok"))
+    assert args[args.index("--max-num-seqs") + 1] == "1024" and request.longest == 12288
+    assert measure.fitting(request, 435_965) == 35 and measure.fitting(request, 10**9) == 1024
+    with pytest.raises(KVSpliceError, match="12,288 tokens does not fit a cache of 12,287"):
+        measure.fitting(request, 12_287)
 
 
 def test_loads_of_different_seeds_share_no_prompt(tmp_path):

@@ -122,7 +122,7 @@ def test_bench_options_become_frozen_requests(monkeypatch, capsys):
     for line in (
         "kernels --layout int8 --layout a.toml --heads 28/4 --heads 64/8 --shape 64x4096 --what decode,write --no-peers",
         "kernels --chunk 1x8x0 --write-tokens 1,64 --block-size 16 --splits sweep --head-dim 64 --json f",
-        "serve --model-shape s --setting bf16 --setting kvsplice:x --point 1x8,2x16 --point 4x8 --concurrency 1,2 --concurrency 8",
+        "serve --model-shape s --setting bf16 --setting kvsplice:x --point 1x8,2x16 --point 4x8 --concurrency 1,2 --concurrency fit",
         "serve --from a --from b --plot d --goodput tpot:9 --also latency --no-points --sweep-returning",
     ):
         call(capsys, "bench", *line.split())
@@ -138,7 +138,10 @@ def test_bench_options_become_frozen_requests(monkeypatch, capsys):
             chunks=((1, 8, 0),), write_tokens=(1, 64), block_sizes=(16,), splits="sweep", head_dim=64, json="f"
         ),
         bench_serve.ServeBenchRequest(
-            model_shape="s", settings=("bf16", "kvsplice:x"), points=((1, 8), (2, 16), (4, 8)), concurrency=(1, 2, 8)
+            model_shape="s",
+            settings=("bf16", "kvsplice:x"),
+            points=((1, 8), (2, 16), (4, 8)),
+            concurrency=(1, 2, "fit"),
         ),
         bench_serve.ServeBenchRequest(
             results=("a", "b"), plot="d", goodput=("tpot:9",), also=("latency",), points=(), sweep_returning=True

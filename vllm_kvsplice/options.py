@@ -239,8 +239,10 @@ def bench_serve_options(command: argparse.ArgumentParser) -> None:
     add("--no-points", dest="points", action="store_const", const=(), help="the sweep alone")
     add("--point-output", type=int, metavar="N", help="tokens decoded at a point (default: 129)")
     add("--repeats", type=int, metavar="N", help="times a point is decoded (default: 3)")
-    text = "users of the saturation sweep, with commas or repeated (default: no sweep)"
-    add("--concurrency", action="extend", type=_list(int), metavar="LIST", help=text)
+    text = (
+        "users of the saturation sweep, or fit: as many as the cache holds; with commas or repeated (default: no sweep)"
+    )
+    add("--concurrency", action="extend", type=_list(_users), metavar="LIST", help=text)
     add("--sweep-input", type=int, metavar="N", help="tokens of a prompt of the sweep (default: 16384)")
     add("--sweep-output", type=int, metavar="N", help="tokens of an answer of the sweep (default: 512)")
     add("--sweep-rounds", type=int, metavar="N", help="prompts per user of the sweep (default: 2)")
@@ -346,6 +348,11 @@ def _list(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 
 
 _words = _list(str)
+
+
+def _users(text: str) -> int | str:
+    """A number, or "fit"."""
+    return text if text == "fit" else int(text)
 
 
 def _json_object(text: str) -> dict[str, Any]:

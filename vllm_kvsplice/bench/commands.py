@@ -104,7 +104,7 @@ def bench_latency(model: str, engine: Sequence[str], batch: int, context: int, o
 
 def bench_throughput(model: str, engine: Sequence[str], request: ServeBenchRequest, out: Path) -> list[str]:
     """`vllm bench throughput`, an engine of its own: all prompts at once, as the sweep's largest point has them."""
-    prompts = request.sweep_rounds * max(request.concurrency or (request.most_users,))
+    prompts = request.sweep_rounds * max([int(n) for n in request.concurrency] or [request.most_users])
     args = ["bench", "throughput", "--model", model, "--dataset-name", "random", "--num-prompts", str(prompts)]
     args += ["--random-input-len", str(request.sweep_input), "--random-output-len", str(request.sweep_output)]
     return [*args, "--output-json", str(out), *engine]

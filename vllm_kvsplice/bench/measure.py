@@ -21,8 +21,9 @@ from vllm_kvsplice.bench import analysis
 from vllm_kvsplice.bench.client import Client
 from vllm_kvsplice.bench.commands import WARMUP_PROMPTS, Load, bench_serve, server_args, write_trace
 from vllm_kvsplice.bench.memory import PeakMemory
-from vllm_kvsplice.bench.request import ServeBenchRequest, Setting
+from vllm_kvsplice.bench.request import FIT, MOST_FITTING, ServeBenchRequest, Setting
 from vllm_kvsplice.demo.server import Server
+from vllm_kvsplice.errors import KVSpliceError
 
 READY_TIMEOUT_S = 1200.0  # a first torch.compile included
 CALL_TIMEOUT_S = 3600.0
@@ -103,9 +104,20 @@ def _measure_loads(bench: Bench, record: dict[str, Any], progress: Progress) -> 
     for number, (batch, context) in enumerate(request.points):
         record["points"].append(_point(bench, number, batch, context, record["capacity"]["tokens"]))
         progress(_point_line(record["points"][-1]))
-    for number, users in enumerate(request.concurrency):
+    for number, asked in enumerate(request.concurrency):
+        users = fitting(request, record["capacity"]["tokens"]) if asked == FIT else int(asked)
         record["sweep"].append(_sweep(bench, number, users))
         progress(f"{users} users: {record['sweep'][-1]['fresh']['vllm']['output_throughput']:.0f} output tokens/s")
+
+
+def fitting(request: ServeBenchRequest, capacity: int) -> int:
+    """Users whose whole requests a cache of ``capacity`` tokens holds; raises KVSpliceError if there is none."""
+    needed = request.sweep_input + request.sweep_output
+    if capacity < needed:
+        raise KVSpliceError(
+            f"--concurrency fit: one request of {needed:,} tokens does not fit a cache of {capacity:,}; give shorter --sweep-input and --sweep-output."
+        )
+    return min(capacity // needed, MOST_FITTING)
 
 
 def attention_lines(log: str) -> list[str]:

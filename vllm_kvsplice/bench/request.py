@@ -18,6 +18,8 @@ DTYPE = "bfloat16"
 ALSO = ("latency", "throughput")
 SLA_NAMES = ("ttft", "tpot", "e2el")
 KVSPLICE = "kvsplice"
+FIT = "fit"  # in place of a number of users: as many as the setting's cache holds
+MOST_FITTING = 1024  # of them, which is vLLM's own limit on large GPUs
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class ServeBenchRequest:
     Args:
         model: Hugging Face id or folder; with ``dummy`` its config alone is used. model_shape: a built-in shape instead,
             which implies ``dummy``. settings: see the module.
+        concurrency: users of the sweep; "fit" is as many as the setting's own cache holds of whole requests.
         point_output: tokens decoded at a point, one more than a multiple of ``stream_interval``. repeats: decodes a point.
         sweep_rounds: prompts per user of the saturation sweep. sweep_returning: send every prompt a second time.
         goodput: latency limits of the sweep in ms, as vLLM's --goodput takes them. also: further `vllm bench` commands,
@@ -43,7 +46,7 @@ class ServeBenchRequest:
     points: tuple[tuple[int, int], ...] = ((1, 1024), (64, 1024), (64, 4096), (16, 8192), (16, 32768))
     point_output: int = 129
     repeats: int = 3
-    concurrency: tuple[int, ...] = ()
+    concurrency: tuple[int | str, ...] = ()
     sweep_input: int = 16384
     sweep_output: int = 512
     sweep_rounds: int = 2
@@ -76,7 +79,8 @@ class ServeBenchRequest:
     @property
     def most_users(self) -> int:
         """Requests that run at once at most."""
-        return max([batch for batch, _ in self.points] + list(self.concurrency))
+        sweep = [MOST_FITTING if users == FIT else int(users) for users in self.concurrency]
+        return max([batch for batch, _ in self.points] + sweep)
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,16 @@ def check(request: ServeBenchRequest) -> None:
         raise KVSpliceError(
             "bench serve needs one model: give MODEL, or --model-shape NAME for a built-in shape with dummy weights."
         )
-    numbers = (*(n for point in request.points for n in point), *request.concurrency)
+    users = [int(n) for n in request.concurrency if n != FIT]
+    numbers = (*(n for point in request.points for n in point), *users)
     counts = (request.point_output, request.repeats, request.sweep_rounds, request.stream_interval, *numbers)
     if not (request.points or request.concurrency) or min(counts) < 1:
         raise KVSpliceError(
             "bench serve has nothing to measure: expected --point BATCHxCONTEXT or --concurrency N, all numbers at least 1."
+        )
+    if FIT in request.concurrency and "throughput" in request.also:
+        raise KVSpliceError(
+            "--also throughput sends the prompts of the largest --concurrency, which fit leaves open: give it as a number."
         )
     if request.points and (request.point_output - 1) % request.stream_interval or request.point_output < 2:
         raise KVSpliceError(
