@@ -12,8 +12,11 @@ import torch
 
 pytest.importorskip("vllm")
 
+import gpu_greedy
 from engine_models import Served, job, kvsplice, make_model, prompts, random_projector, serve, simulate
 
+import vllm_kvsplice.demo
+from vllm_kvsplice.calibration.texts import load_text
 from vllm_kvsplice.codec.layout import LatentLayout
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine, pytest.mark.timeout(600)]
@@ -195,6 +198,16 @@ def test_drafts_are_verified_as_greedy_decoding(run: dict[str, Any]) -> None:
         rows = simulate(folder, projector, prompt + tokens)[len(prompt) - 1 : -1]
         gap = rows.max(-1).values - rows.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         assert gap.mean() <= 0.05 and gap.max() <= 0.5, gap
+
+
+def test_greedy_answers_are_those_without_graphs_and_those_of_the_simulation(tmp_path: Path) -> None:
+    """The bundled model; graphs, prefix hits, chunks and drafts."""
+    from transformers import AutoTokenizer
+
+    model = Path(vllm_kvsplice.demo.__file__).parent / "model"
+    ids = AutoTokenizer.from_pretrained(model)(load_text(held_out=True).content)["input_ids"]
+    result = gpu_greedy.run(model, None, ids, {}, tmp_path)
+    assert result["captured"] and gpu_greedy.failures(result) == []
 
 
 def test_graphs_were_captured_and_pages_are_small(run: dict[str, Any]) -> None:

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy answers of a real model, token for token: served eagerly, with CUDA graphs, and with everything else switched on.
+
+    python tests/gpu_greedy.py MODEL PROJECTOR --text FILE [--vllm-args JSON] [--json OUT]
+
+All three read codes in prefill, so that the plain-torch simulation is the same for all. Batches are cut differently by each, sums of floats
+come out differently in their last bits, and two tokens may be as good as level: an answer may leave another's path only
+where the simulation says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engine_models import GREEDY, Served, job, kvsplice, serve, simulate
+
+from vllm_kvsplice.codec.projector import Projector
+from vllm_kvsplice.scoring.results import provenance
+
+COUNT, LENGTH, ANSWER = 12, 1500, 48
+LEVEL = 0.1  # nats between two tokens that bf16 and the codes' rounding may swap
+BEHIND = 0.02  # nats, mean, of the tokens served behind the best of the simulation in fp32
+DRAFTS = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_max=3)
+GRAPHS = dict(mode=0, cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=[1, 4, 8, 16, 32, 48])
+COMMON: dict[str, Any] = dict(
+    dtype="bfloat16", kv_cache_memory_bytes=1 << 30, gpu_memory_utilization=0.15, max_model_len=2048, max_num_seqs=12,
+    max_logprobs=1, block_size=None,
+)  # fmt: skip
+WAYS: dict[str, dict[str, Any]] = {
+    "eager": dict(enforce_eager=True, enable_prefix_caching=False),
+    "graphs": dict(enforce_eager=False, compilation_config=GRAPHS, enable_prefix_caching=False),
+    "everything": dict(
+        enforce_eager=False, compilation_config=GRAPHS, enable_prefix_caching=True, max_num_batched_tokens=512,
+        speculative_config=DRAFTS,
+    ),
+}  # fmt: skip
+
+
+def make_prompts(ids: Sequence[int]) -> list[list[int]]:
+    """Text of several lengths; every third prompt starts as the one before it, every second repeats its own beginning,
+    which is what n-gram drafts find."""
+    made: list[list[int]] = []
+    for i in range(COUNT):
+        length = LENGTH - 97 * i
+        prompt = list(ids[i * LENGTH : i * LENGTH + length])
+        if i % 3 == 1:
+            prompt = made[-1][: length // 2] + prompt[length // 2 :]
+        if i % 2:
+            prompt = prompt[: length // 2] + prompt[: length // 4]
+        made.append(prompt)
+    return made
+
+
+def compare(ways: dict[str, Served], prompts: list[list[int]], rows: Any) -> dict[str, Any]:
+    """Per way and pass: answers equal to the eager ones, the gap in nats between the two tokens where an answer first leaves them, and
+    how far its tokens lie below the simulation's best. ``rows(ids)``: log-probabilities [T, vocab] of the next token."""
+    first = ways["eager"].tokens[0]
+    found: dict[str, Any] = {}
+    for name, served in ways.items():
+        for step, answers in enumerate(served.tokens):
+            equal, splits, behind = 0, [], []
+            for prompt, tokens, base in zip(prompts, answers, first, strict=True):
+                at = rows(prompt + tokens)[len(prompt) - 1 : -1]
+                behind += (at.max(-1).values - at.gather(1, at.new_tensor(tokens).long()[:, None])[:, 0]).tolist()
+                where = next((i for i, (a, b) in enumerate(zip(tokens, base, strict=True)) if a != b), None)
+                if where is None:
+                    equal += 1
+                else:
+                    splits.append(abs(float(at[where, tokens[where]] - at[where, base[where]])))
+            found[name if step == 0 else f"{name}, again"] = {
+                "answers": len(answers),
+                "equal_to_eager": equal,
+                "gap_where_they_part_nats": splits,
+                "behind_best_nats": {"mean": sum(behind) / len(behind), "max": max(behind)},
+            }
+    return found
+
+
+def run(model: Path, projector: Path | None, ids: Sequence[int], extra: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Serve and compare. ``projector`` None: the calibration-free codec. ``ids``: tokens of a text, COUNT * LENGTH or more.
+    ``extra``: arguments of every engine."""
+    prompts = make_prompts(ids)
+    step = dict(prompts=prompts, params=GREEDY | dict(max_tokens=ANSWER))
+    jobs = {
+        name: job(model, *([step] * (2 if name == "everything" else 1)), **(COMMON | extra | way | kvsplice(projector)))
+        for name, way in WAYS.items()
+    }
+    served, log = serve(list(jobs.values()), folder, timeout=500)
+    ways = dict(zip(jobs, served, strict=True))
+    failed = [f"{name}: {one.error}" for name, one in ways.items() if one.error]
+    assert not failed, "\n".join(failed) + log[-4000:]
+    made, known = Projector.load(projector) if projector else None, {}
+
+    def rows(given: list[int]) -> Any:
+        key = tuple(given)
+        if key not in known:
+            known[key] = simulate(model, made, given)
+        return known[key]
+
+    metrics = ways["everything"].metrics
+    return {
+        "ways": compare(ways, prompts, rows),
+        "prefix_cache_hits": metrics["vllm:prefix_cache_hits"],
+        "accepted_drafts": metrics["vllm:spec_decode_num_accepted_tokens"],
+        "captured": "Capturing CUDA graphs" in log,
+        "arguments": WAYS,
+    }
+
+
+def failures(result: dict[str, Any]) -> list[str]:
+    """What is not as it should be, in words."""
+    found = [] if result["prefix_cache_hits"] > 0 and result["accepted_drafts"] > 0 else ["no prefix hits or no drafts"]
+    for name, way in result["ways"].items():
+        if max(way["gap_where_they_part_nats"], default=0.0) > LEVEL:
+            found.append(f"{name} parts from eager where tokens are not level: {way['gap_where_they_part_nats']}")
+        if way["behind_best_nats"]["mean"] > BEHIND:
+            found.append(f"{name} lies {way['behind_best_nats']['mean']:.3f} nats behind the simulation's best tokens")
+    return found
+
+
+def main() -> int:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("projector", type=Path)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--vllm-args", type=json.loads, default={})
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(given.model)(given.text.read_text()[: 8 * COUNT * LENGTH])["input_ids"]
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(given.model, given.projector.resolve(), ids, given.vllm_args, Path(folder))
+    result |= {"model": given.model.name, "failures": failures(result)} | provenance()
+    result["command"] = shlex.join(["python", "tests/gpu_greedy.py", *sys.argv[1:]])
+    print(json.dumps(result, indent=1))
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 1 if result["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
