@@ -2,7 +2,7 @@
 """A tier's latents -> scale and codes in a page: the jit helpers of cache_write.
 
 In: fp32 tiles [tokens, PAD] in a flat tuple in the order chunk, part. Out: bytes in the tier's two planes. Meaning:
-reference.quantize and pack, of whose clip candidates four are tried at once here. CUTS, a tuple of
+reference.quantize and pack, of whose clip candidates four are tried at once here, those of 2 bits by another sum. CUTS, a tuple of
 (first byte, bytes, power of two) for each chunk of a row, is that of ``cut_row``.
 """
 
@@ -87,6 +87,18 @@ def cut_pad(cuts, c):
     return cuts[c][2]
 
 
+@triton.constexpr_function
+def own_dims(plan, t, cuts):
+    """Dimensions of a tier, over all of its tiles."""
+    return num_parts(plan, t) * sum(cut[1] for cut in cuts)
+
+
+@triton.constexpr_function
+def padding(plan, t, cuts):
+    """Columns of its tiles that are padding."""
+    return num_parts(plan, t) * sum(cut[2] - cut[1] for cut in cuts)
+
+
 @triton.jit
 def own_columns(CUTS: tl.constexpr, c: tl.constexpr):
     """Columns [PAD] of a chunk that are not padding."""
@@ -153,18 +165,57 @@ def _squares(z, inverse, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.constexpr
 
 
 @triton.jit
-def _errors(z, inverses, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.constexpr):
-    """Squared errors [tokens] of TOGETHER candidates, in units of their scale**2."""
+def _greater(z, scale, PLAN: tl.constexpr, t: tl.constexpr, c: tl.constexpr):
+    """max(|latent|, scale), the parts of a chunk added up, padding included."""
+    scale = tl.broadcast_to(scale[:, None], z[c * num_parts(PLAN, t)].shape)
+    total = tl.zeros(scale.shape, tl.float32)
+    for i in tl.static_range(num_parts(PLAN, t)):
+        total += tl.maximum(tl.abs(z[c * num_parts(PLAN, t) + i]), scale)
+    return total
+
+
+@triton.jit
+def _sums(z, scales, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.constexpr):
+    """For TOGETHER candidates what _error wants, [tokens]: at 4 bits the sum of _squares, at 2 bits of _greater."""
     for c in tl.static_range(num_cuts(CUTS)):
-        squares = ()
+        terms = ()
         for k in tl.static_range(TOGETHER):
-            squares = squares + (_squares(z, inverses[k], PLAN, t, CUTS, c),)
-        s0, s1, s2, s3 = tl.reduce(squares, 1, _add_four)
+            if tier_bits(PLAN, t) == 2:
+                terms = terms + (_greater(z, scales[k], PLAN, t, c),)
+            else:
+                terms = terms + (_squares(z, fast_reciprocal(scales[k]), PLAN, t, CUTS, c),)
+        s0, s1, s2, s3 = tl.reduce(terms, 1, _add_four)
         if c == 0:
             e0, e1, e2, e3 = s0, s1, s2, s3
         else:
             e0, e1, e2, e3 = e0 + s0, e1 + s1, e2 + s2, e3 + s3
     return e0, e1, e2, e3
+
+
+@triton.jit
+def _error(total, scale, magnitude, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.constexpr):
+    """Squared error [tokens] of a scale, less what all scales share, from its _sums.
+
+    2-bit codes stand for +-s/2 and, where |z| > s, +-3s/2: sum (|z| - s/2)^2 - [|z| > s] 2s(|z| - s) over n dimensions is
+    sum z^2 + s (9/4 n s - sum |z| - 2 sum max(|z|, s)). ``magnitude``: sum |z|. Each padding column adds s to the last sum.
+    """
+    if tier_bits(PLAN, t) == 2:
+        own: tl.constexpr = 2.25 * own_dims(PLAN, t, CUTS) + 2.0 * padding(PLAN, t, CUTS)
+        return scale * (own * scale - magnitude - 2.0 * total)
+    else:
+        return total * scale * scale
+
+
+@triton.jit
+def _magnitude(z, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.constexpr):
+    """sum |latent| [tokens] of a tier."""
+    total = tl.zeros([z[0].shape[0]], tl.float32)
+    for c in tl.static_range(num_cuts(CUTS)):
+        tile = tl.abs(z[c * num_parts(PLAN, t)])
+        for i in tl.static_range(1, num_parts(PLAN, t)):
+            tile += tl.abs(z[c * num_parts(PLAN, t) + i])
+        total += tl.sum(tile, 1)
+    return total
 
 
 @triton.jit
@@ -174,14 +225,15 @@ def _clip_search(z, covers, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.conste
     COUNT: tl.constexpr = CLIP_COUNT_2 if tier_bits(PLAN, t) == 2 else CLIP_COUNT_4
     best = tl.maximum(covers - FIRST, 0)
     least = tl.full(covers.shape, float("inf"), tl.float32)
+    magnitude = _magnitude(z, PLAN, t, CUTS) if tier_bits(PLAN, t) == 2 else 0.0
     for first in range(FIRST, FIRST + COUNT, TOGETHER):  # not unrolled, which takes Triton half as long again
-        codes, inverses = (), ()
+        codes, scales = (), ()
         for k in tl.static_range(TOGETHER):
             code = tl.maximum(covers - (first + k), 0)
-            codes, inverses = codes + (code,), inverses + (fast_reciprocal(scale_of(code)),)
-        errors = _errors(z, inverses, PLAN, t, CUTS)
+            codes, scales = codes + (code,), scales + (scale_of(code),)
+        sums = _sums(z, scales, PLAN, t, CUTS)
         for k in tl.static_range(TOGETHER):
-            error = errors[k] * scale_of(codes[k]) * scale_of(codes[k])
+            error = _error(sums[k], scales[k], magnitude, PLAN, t, CUTS)
             best = tl.where(error < least, codes[k], best)
             least = tl.minimum(error, least)
     return best
