@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "docs/results").glob("*.json")}
 README = (ROOT / "README.md").read_text()
 QUALITY = (ROOT / "docs/quality.md").read_text()
-BALANCED = "serve-balanced-h100"
+BALANCED = "serve-balanced-h200"
 PERFORMANCE = (ROOT / "docs/performance.md").read_text()
 
 
@@ -42,8 +42,12 @@ def test_the_readme_quotes_its_files(name):
     assert f"{found['ppl']['delta_pct']:+.2f} %" in line
     kld = found["kld_topk"] if found["engine"] == "vllm" else found["kld"]
     assert f"{kld:.5f}".lstrip("0") in line
-    if found["needle"]:
+    if name == "demo-h200":
         assert found["needle"]["kvsplice"] == found["needle"]["baseline"] == 1.0
+    else:
+        hits = (100 * found["needle"][run] for run in ("kvsplice", "baseline"))
+        assert "{:.0f} of 100, stock {:.0f}".format(*hits) in line and f"{found['windows']} windows" in line
+        assert line.endswith(f"| {found['cache_tokens']['ratio']:.2f}x |")
 
 
 def codec_cells(codec):
@@ -174,17 +178,18 @@ def test_profiles_and_writes_are_quoted_as_measured():
     for reading in RESULTS["profile-decode-h200"]["readings"].values():
         quoted = f"| {reading['l2_sectors_per_16_tokens']} | {reading['shared_wavefronts_per_16_tokens']} |"
         assert quoted in PERFORMANCE
-    writes = {
-        (r["preset"], r["query_len"], r["kernel"]): r["p50_us"]
-        for r in RESULTS["kernels-h200"]["rows"]
-        if r["what"] == "write"
-    }
+    writes, before = (
+        {(r["preset"], r["query_len"], r["kernel"]): r["p50_us"] for r in RESULTS[file]["rows"] if r["what"] == "write"}
+        for file in ("writes-h200", "kernels-h200")
+    )
     for tokens in (1, 64, 256, 2048, 8192):
         cells = [f"{writes['bf16', tokens, 'flash-attention-3']:.1f}"]
         cells += [
             f"{writes[p, tokens, 'kvsplice']:.1f}" for p in ("near_lossless", "int8", "v_only", "balanced", "max")
         ]
         assert f"| {tokens} | {' | '.join(cells)} |" in PERFORMANCE
+    times = [before[p, n, "kvsplice"] for p, n in (("balanced", 64), ("balanced", 8192), ("max", 8192))]
+    assert "`balanced` took {:.1f} us at 64 tokens and {:.1f} at 8192, `max` {:.1f}.".format(*times) in PERFORMANCE
     for name in ("checks-h100", "checks-h200", "sanitizer-h200"):
         assert RESULTS[name]["checks"] == {"ok": 98, "failed": []}
     assert RESULTS["sanitizer-h200"]["error_summary"] == "ERROR SUMMARY: 0 errors"
@@ -194,7 +199,7 @@ def test_profiles_and_writes_are_quoted_as_measured():
     ("file", "point"),
     [
         *((f"serve-{name}h200", i) for name in ("", "v_only-") for i in range(3)),
-        *((BALANCED, i) for i in range(3)),
+        *((f"serve-{name}-h200", i) for name in ("int8", "balanced") for i in range(2)),
     ],
 )
 def test_times_per_token_are_quoted_as_measured(file, point):
@@ -209,9 +214,12 @@ def test_shares_of_the_time_per_token_are_quoted_as_measured():
     for file, setting, quoted in (
         ("serve-h200", "kvsplice:near_lossless", "| `near_lossless` | .73 / .62 / .99 |"),
         ("serve-h200", "kvsplice:max", "| `max` | .74 / .63 / 1.00 |"),
-        ("serve-v_only-h200", "kvsplice:v_only", "| `v_only` | .883 / .820 / .99 |"),
+        ("serve-int8-h200", "kvsplice:int8", "| `int8` | .805 / .738 |"),
+        ("serve-int8-h200", "kvsplice:v_only", "| `v_only` | .872 / .813 |"),
+        ("serve-v_only-h200", "kvsplice:v_only", "| `v_only`, default launch | .883 / .820 / .99 |"),
+        (BALANCED, "kvsplice:balanced", "| `balanced` | .798 / .669 |"),
         ("serve-v_only-h200", "fp8", "| fp8 | .91 / .85 / 1.03 |"),
-        ("serve-v_cut-h200", "kvsplice:v_cut_132.toml", "| `v_cut_132`, 3.87x the tokens | .68 / .58 |"),
+        (BALANCED, "kvsplice:v_cut_132.toml", "| `v_cut_132`, 3.87x the tokens | .708 / .576 |"),
     ):
         shares = RESULTS[file]["summary"]["settings"][setting]["tpot_ratio"].values()
         shown = quoted.split("|")[2].strip().split(" / ")
@@ -232,6 +240,50 @@ def test_launch_parameters_are_quoted_as_measured():
     assert f"`int8` {gain['int8']} and `v_only` {gain['v_only']} faster" in PERFORMANCE
     assert f"and no limit of registers: {gain['near_lossless']}, below" in PERFORMANCE
     assert [e["measured"]["preset"] for e in entries if e["launch"]] == ["int8", "v_only"]
+
+
+def test_fresh_throughput_is_quoted_as_measured():
+    (bf16, fp8, ours) = [s["sweep"][0] for s in RESULTS["fresh-h200"]["settings"]]
+    users, rates = ([value(p) for p in (bf16, fp8, ours)] for value in (lambda p: p["users"], fresh_rate))
+    assert "| users that fit | {} | {} | {} |".format(*users) in README
+    gains = [rate / rates[0] for rate in rates]
+    cells = f"{rates[0]:.0f} | {rates[1]:.0f} ({gains[1]:.2f}x) | {rates[2]:.0f} ({gains[2]:.2f}x)"
+    assert f"| output tokens per second | {cells} |" in README
+    steady = " | ".join(f"{p['fresh']['steady_tpot_ms']:.1f}" for p in (bf16, fp8, ours))
+    assert f"| ms per token while all decode | {steady} |" in README
+    text = f"bf16 {rates[0]:.0f} tokens per second with {users[0]} users, fp8 {rates[1]:.0f} with {users[1]}"
+    assert f"{text}, `near_lossless` {rates[2]:.0f} with {users[2]}, {gains[2]:.2f} times bf16's" in PERFORMANCE
+
+
+def fresh_rate(point):
+    """Output tokens per second of new prompts."""
+    return point["fresh"]["vllm"]["output_throughput"]
+
+
+@pytest.mark.parametrize("preset", ["near_lossless", "balanced"])
+def test_steps_in_the_engine_are_quoted_as_measured(preset):
+    step = RESULTS[f"step-{preset}-h200"]
+    cells = [step["us_per_layer"][f"{kernel}_kernel"] for kernel in ("write_and_project", "decode", "reduce_expand")]
+    cells += [step["attention_us"], step["layer_us"]]
+    assert f"| `{preset}` | {' | '.join(f'{us:.1f}' for us in cells)} |" in PERFORMANCE
+    assert round(step["layer_us"] - step["attention_us"]) in (153, 154) and "layer is 153 us" in PERFORMANCE
+
+
+def test_clocks_are_quoted_as_measured():
+    rows = RESULTS["clocks-h200"]["rows"]
+    decode, prefill = ([r["sm_mhz"] for r in rows if r["what"] == what] for what in ("decode", "prefill"))
+    assert min(decode) == 1965 and max(decode) == 1980 and "stays at 1965 to 1980 MHz" in PERFORMANCE
+    assert (min(prefill), max(prefill)) == (1500, 1620) and "falls to 1500 to 1620 MHz" in PERFORMANCE
+
+
+def test_greedy_answers_are_quoted_as_measured():
+    ways = RESULTS["greedy-ref-d128-h200"]["ways"]
+    equal = [ways[name]["equal_to_eager"] for name in ("graphs", "everything", "everything, again")]
+    assert equal == [12, 8, 6] and "all 12 answers are those without; with everything 8, and 6 when" in PERFORMANCE
+    gaps = [gap for way in ways.values() for gap in way["gap_where_they_part_nats"]]
+    assert f"two tokens within {max(gaps):.2f} nats" in PERFORMANCE
+    behind = [way["behind_best_nats"]["mean"] for way in ways.values()]
+    assert f"all lie {min(behind):.4f} to {max(behind):.4f} nats behind" in PERFORMANCE
 
 
 def test_throughput_is_quoted_as_measured():
