@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("vllm")
 
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.platforms.interface import Platform
 from vllm.v1.kv_cache_interface import AttentionSpec, ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
 from vllm_kvsplice.errors import KVSpliceError
@@ -204,9 +205,16 @@ def test_layers_of_one_size_share_a_class_and_a_reload_may_change_it() -> None:
 
 
 def test_pages_are_of_64_tokens_unless_vllm_wants_more():
-    backend = backend_with_bytes(KVSpliceBackend, 88)
-    assert [backend.get_preferred_block_size(n) for n in (16, 64, 128)] == [64, 64, 128]
-    assert backend.supports_block_size(64)
+    sizes = [backend_with_bytes(KVSpliceBackend, n) for n in (88, 132)]
+    config = VllmConfig()
+    for classes in (sizes[:1], sizes):  # layers of one page size, and of two
+        chosen = [Platform._preferred_block_size_for_backends(classes, n, config) for n in (16, 64, 128)]
+        assert chosen == [64, 64, 128]
+    with set_current_vllm_config(config):
+        assert not sizes[0].supports_block_size(16)
+        config.cache_config.user_specified_block_size = True
+        assert sizes[0].supports_block_size(16) and not sizes[0].supports_block_size(24)
+    assert sizes[0].supports_block_size(48) and sizes[0].get_supported_kernel_block_sizes("a spec")[0].base == 16
 
 
 def test_what_the_backend_tells_vllm_on_cuda() -> None:

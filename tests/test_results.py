@@ -399,3 +399,16 @@ def test_the_loop_is_quoted_as_compiled():
     before, now = (loop["columns_64"][key] for key in ("before", "now"))
     quoted = f"{before['loop']}\ninstructions and {before['stack']} bytes of stack, now {now['loop']} and {now['stack']} (`decode-loop`)"
     assert quoted in PERFORMANCE
+
+
+def test_served_scores_in_sentences_are_those_of_the_files():
+    served = [RESULTS[f"ref-d128-{name}-vllm"] for name in ("near_lossless", "balanced", "max")]
+    whole = [whole_test()[name]["kld"]["mean"] for name in ("near_lossless", "balanced", "max")]
+    shown = [f"{one['kld_topk']:.5f}"[1:] for one in served], [f"{kld:.5f}"[1:] for kld in whole]
+    assert (
+        "tokens {}, {} and {} where the\nsimulation in fp32 has {}, {} and {} over".format(*shown[0], *shown[1])
+        in QUALITY
+    )
+    changes = [f"{one['ppl']['delta_pct']:+.2f}".replace("+0.", "+.") for one in served]
+    hits = [f"{100 * one['needle']['kvsplice']:.0f}" for one in served]
+    assert "perplexity {}, {} and {} %; {}, {} and {} needles".format(*changes, *hits) in QUALITY

@@ -19,6 +19,7 @@ from vllm_kvsplice.serving.vllm_compat import (
     KVCacheLayout,
     MultipleOf,
     SlidingWindowSpec,
+    get_current_vllm_config_or_none,
 )
 
 # Tokens. With vLLM's 16 the attention of a long decode step takes 6 % longer (docs/results/kernels-h200.json).
@@ -51,12 +52,11 @@ class KVSpliceBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        return [MultipleOf(BLOCK_MULTIPLE)]
-
-    @classmethod
-    def get_preferred_block_size(cls, default_block_size: int) -> int:
-        """Tokens of a page without --block-size; vLLM asks where all layers have one backend class."""
-        return max(default_block_size, PREFERRED_BLOCK_SIZE)
+        """Tokens of a page. vLLM asks without a spec, and with a current config, when it chooses a size that nobody gave: where layers have
+        pages of several sizes in bytes, and so several backend classes, what these allow is all that it goes by."""
+        config = None if kv_cache_spec is not None else get_current_vllm_config_or_none()
+        chosen = config is None or config.cache_config.user_specified_block_size
+        return [MultipleOf(BLOCK_MULTIPLE if chosen else PREFERRED_BLOCK_SIZE)]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
