@@ -19,7 +19,7 @@ pytest.importorskip("vllm")
 from engine_models import Served, assert_follows, job, kvsplice, make_model, prompts, random_projector, serve, simulate
 
 from vllm_kvsplice.codec.layout import LatentLayout
-from vllm_kvsplice.codec.projector import FILE_NAME, Projector
+from vllm_kvsplice.codec.projector import FILE_NAME, Projector, default_layer
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 # All tier widths, other ones in each layer.
@@ -149,6 +149,19 @@ def test_speculative_decoding_is_greedy_decoding(run: Run) -> None:
     assert_follows(
         run.served["mixed"], 1, lambda ids: run.simulated("qwen", "qwen", tuple(ids)), LOOPS["prompts"], TOLERANCE
     )  # type: ignore[arg-type]
+
+
+def test_a_draft_model_s_layers_are_int8_beside_a_projector(run: Run, tmp_path: Path) -> None:
+    """The target drafts for itself: the projector would fit the draft too, but is the target's."""
+    qwen, file = run.models["qwen"], tmp_path / "qwen.safetensors"
+    run.projectors["qwen"].save(file)
+    drafts = dict(method="draft_model", model=str(qwen), num_speculative_tokens=3, attention_backend="KVSPLICE")
+    (served,), log = serve([job(qwen, LOOPS, speculative_config=drafts, **kvsplice(file))], tmp_path / "run")
+    assert served.error is None and served.metrics["vllm:spec_decode_num_accepted_tokens"] > 5
+    assert_follows(served, 0, lambda ids: run.simulated("qwen", "qwen", tuple(ids)), LOOPS["prompts"], TOLERANCE)
+    int8 = default_layer(64, 2).layout.bytes_per_token_head
+    mean = (BLOCK + 3 * int8) / 6
+    assert f"{mean:.1f} bytes per token and KV head" in log and "active on 6 of 6 attention layers" in log
 
 
 def test_preempted_requests_resume_where_they_were(run: Run) -> None:

@@ -22,6 +22,7 @@ from vllm_kvsplice.serving import refusals
 from vllm_kvsplice.serving.attention_layer import backend_with_bytes, check_kind
 from vllm_kvsplice.serving.backend import KVSpliceBackend
 from vllm_kvsplice.serving.impl import KVSpliceImpl
+from vllm_kvsplice.serving.vllm_compat import is_draft
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +216,21 @@ def test_pages_are_of_64_tokens_unless_vllm_wants_more():
         config.cache_config.user_specified_block_size = True
         assert sizes[0].supports_block_size(16) and not sizes[0].supports_block_size(24)
     assert sizes[0].supports_block_size(48) and sizes[0].get_supported_kernel_block_sizes("a spec")[0].base == 16
+
+
+def test_layers_of_a_draft_are_told_from_the_target_s():
+    target, draft = (SimpleNamespace(get_total_num_hidden_layers=lambda: 3) for _ in range(2))
+    layer = "model.layers.{}.self_attn.attn".format
+
+    def of(model, drafts):
+        speculative = SimpleNamespace(target_model_config=target, draft_model_config=drafts) if drafts else None
+        return SimpleNamespace(model_config=model, speculative_config=speculative)
+
+    assert not is_draft(of(target, None), layer(0))
+    assert [is_draft(of(target, target), layer(i)) for i in (0, 2)] == [False, False]  # n-grams
+    assert [is_draft(of(target, draft), layer(i)) for i in (0, 2, 3)] == [False, False, True]  # EAGLE, MTP
+    assert is_draft(of(draft, draft), "draft_model." + layer(0)) and is_draft(of(target, draft), "mtp.layers.0.attn")
+    assert not is_draft(of(target, draft), "no.number")  # refused later, by name
 
 
 def test_what_the_backend_tells_vllm_on_cuda() -> None:

@@ -22,6 +22,7 @@ from vllm_kvsplice.serving.vllm_compat import (
     batch_invariant,
     device_kind,
     get_current_vllm_config,
+    is_draft,
     tensor_parallel,
 )
 
@@ -66,7 +67,9 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         attention_layer.check_kind(name, layer)
         model = self.vllm_config.model_config
         tp_rank, tp_size = tensor_parallel()
-        projector = projector_source.for_engine(self.settings.projector, model.model, model.revision, tp_rank == 0)
+        projector = None  # of a draft's layers, which the target's file does not know: int8
+        if not is_draft(self.vllm_config, name):
+            projector = projector_source.for_engine(self.settings.projector, model.model, model.revision, tp_rank == 0)
         if projector is not None:
             projector.verify(model.hf_text_config)
         heads = attention_layer.local_kv_heads(model.get_total_num_kv_heads(), tp_rank, tp_size)

@@ -51,6 +51,7 @@ __all__ = [
     "get_current_vllm_config",
     "get_current_vllm_config_or_none",
     "init_logger",
+    "is_draft",
     "is_plain_attention",
     "layer_index",
     "merge_attn_states",
@@ -81,6 +82,25 @@ def layer_index(layer_name: str) -> int:
     from vllm.model_executor.models.utils import extract_layer_index
 
     return int(extract_layer_index(layer_name))
+
+
+def is_draft(vllm_config: VllmConfig, layer_name: str) -> bool:
+    """Whether a layer is of a speculative draft, under the config that the layer was built with.
+
+    A draft model stands in the target's place in its config; heads (EAGLE, MTP) keep the target's and count their layers on
+    from its last, or lie under "mtp". N-gram drafts have no layers, and the target's config for a draft's.
+    """
+    drafts = vllm_config.speculative_config
+    if drafts is None:
+        return False
+    model = vllm_config.model_config
+    own_model = model is drafts.draft_model_config and model is not drafts.target_model_config
+    if own_model or "mtp" in layer_name.split("."):
+        return True
+    try:
+        return layer_index(layer_name) >= model.get_total_num_hidden_layers()
+    except (AssertionError, ValueError):
+        return False
 
 
 def tensor_parallel() -> tuple[int, int]:
