@@ -83,21 +83,17 @@ def quantize(z: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     low, high = (-127, 127) if bits == 8 else (0, 2**bits - 1)
     covers = scale_code(z.abs().amax(-1) / (high - middle(bits))).to(torch.int32)
-    best: tuple[Tensor, ...] | None = None
-    for i in range(CLIP_FIRST[bits], CLIP_FIRST[bits] + CLIP_COUNT[bits]):
-        scale = (covers - i).clamp_min(0).to(torch.uint8)
-        codes = (z / scale_of(scale, z.dtype)[..., None] + middle(bits)).round().clamp(low, high)
-        error = (dequantize(codes, scale, bits, z.dtype) - z).square().sum(-1)
-        if best is None:
-            best = error, codes, scale
-        else:
-            better = error < best[0]
-            best = tuple(
-                torch.where(better[..., None] if a.dim() > better.dim() else better, a, b)
-                for a, b in zip((error, codes, scale), best, strict=True)
-            )
-    assert best is not None
-    return best[1].to(torch.int8 if bits == 8 else torch.uint8), best[2]
+    first, count = CLIP_FIRST[bits], CLIP_COUNT[bits]
+    tried = torch.arange(first, first + count, device=z.device, dtype=torch.int32)
+    scale = (covers - tried.view(-1, *[1] * covers.dim())).clamp_min(0).to(torch.uint8)  # [count, ...]
+
+    def codes_of(scale: Tensor) -> Tensor:
+        return (z / scale_of(scale, z.dtype)[..., None]).add_(middle(bits)).round_().clamp_(low, high)
+
+    if count > 1:
+        errors = dequantize(codes_of(scale), scale, bits, z.dtype).sub_(z).square_().sum(-1)
+        scale = scale.gather(0, errors.argmin(0, keepdim=True))  # the first of equals
+    return codes_of(scale[0]).to(torch.int8 if bits == 8 else torch.uint8), scale[0]
 
 
 def dequantize(codes: Tensor, scale: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
