@@ -202,7 +202,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def loaded(layers: dict[str, FakeLayer], given: Projector, sharing: dict[str, str]) -> dict[str, FakeLayer]:
         model = SimpleNamespace(model="m", revision=None, hf_text_config=None, get_total_num_kv_heads=lambda: 4)
-        config = SimpleNamespace(model_config=model)
+        config = SimpleNamespace(model_config=model, speculative_config=None)
         monkeypatch.setattr(Projector, "verify", lambda self, config: None)
         monkeypatch.setattr(projector_source, "for_engine", lambda *args: given)
         monkeypatch.setattr(projector_source, "forget", lambda: None)
