@@ -3,7 +3,7 @@
 
 In: fp32 tiles [tokens, PAD] in a flat tuple in the order chunk, part. Out: bytes in the tier's two planes. Meaning:
 reference.quantize and pack, of whose clip candidates four are tried at once here, those of 2 bits by another sum. CUTS, a tuple of
-(first byte, bytes, power of two) for each chunk of a row, is that of ``cut_row``.
+(first byte, bytes, power of two) for each chunk of a row, is that of ``cuts_of``.
 """
 
 import triton
@@ -127,15 +127,18 @@ def _own(tile, fill, CUTS: tl.constexpr, c: tl.constexpr):
 
 
 @triton.jit
-def _greatest_magnitude(z, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.constexpr):
-    """max |latent| [tokens] of a tier; padding columns hold zeros."""
+def _magnitudes(z, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.constexpr):
+    """max and sum of |latent| [tokens] of a tier; padding columns hold zeros. What is not used is not computed."""
     greatest = tl.zeros([z[0].shape[0]], tl.float32)
+    total = greatest
     for c in tl.static_range(num_cuts(CUTS)):
         tile = tl.abs(z[c * num_parts(PLAN, t)])
+        added = tile
         for i in tl.static_range(1, num_parts(PLAN, t)):
-            tile = tl.maximum(tile, tl.abs(z[c * num_parts(PLAN, t) + i]))
-        greatest = tl.maximum(greatest, tl.max(tile, 1))
-    return greatest
+            part = tl.abs(z[c * num_parts(PLAN, t) + i])
+            tile, added = tl.maximum(tile, part), added + part
+        greatest, total = tl.maximum(greatest, tl.max(tile, 1)), total + tl.sum(added, 1)
+    return greatest, total
 
 
 @triton.jit
@@ -207,25 +210,12 @@ def _error(total, scale, magnitude, PLAN: tl.constexpr, t: tl.constexpr, CUTS: t
 
 
 @triton.jit
-def _magnitude(z, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.constexpr):
-    """sum |latent| [tokens] of a tier."""
-    total = tl.zeros([z[0].shape[0]], tl.float32)
-    for c in tl.static_range(num_cuts(CUTS)):
-        tile = tl.abs(z[c * num_parts(PLAN, t)])
-        for i in tl.static_range(1, num_parts(PLAN, t)):
-            tile += tl.abs(z[c * num_parts(PLAN, t) + i])
-        total += tl.sum(tile, 1)
-    return total
-
-
-@triton.jit
-def _clip_search(z, covers, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.constexpr):
-    """Scale byte [tokens] int32 of the candidate with the least squared error; the first of equals."""
+def _clip_search(z, covers, magnitude, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.constexpr):
+    """Scale byte [tokens] int32 of the candidate with the least squared error; the first of equals. ``magnitude``: _error."""
     FIRST: tl.constexpr = CLIP_FIRST_2 if tier_bits(PLAN, t) == 2 else 0
     COUNT: tl.constexpr = CLIP_COUNT_2 if tier_bits(PLAN, t) == 2 else CLIP_COUNT_4
     best = tl.maximum(covers - FIRST, 0)
     least = tl.full(covers.shape, float("inf"), tl.float32)
-    magnitude = _magnitude(z, PLAN, t, CUTS) if tier_bits(PLAN, t) == 2 else 0.0
     for first in range(FIRST, FIRST + COUNT, TOGETHER):  # not unrolled, which takes Triton half as long again
         codes, scales = (), ()
         for k in tl.static_range(TOGETHER):
@@ -242,11 +232,11 @@ def _clip_search(z, covers, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.conste
 @triton.jit
 def _best_scale(z, PLAN: tl.constexpr, t: tl.constexpr, CUTS: tl.constexpr):
     """Scale byte [tokens] int32: the one that covers the row at 8 bits, else the clip search's."""
-    greatest = _greatest_magnitude(z, PLAN, t, CUTS)
+    greatest, magnitude = _magnitudes(z, PLAN, t, CUTS)
     if tier_bits(PLAN, t) == 8:
         return scale_code(divide(greatest, 127.0))
     else:
-        return _clip_search(z, scale_code(divide(greatest, middle(PLAN, t))), PLAN, t, CUTS)
+        return _clip_search(z, scale_code(divide(greatest, middle(PLAN, t))), magnitude, PLAN, t, CUTS)
 
 
 @triton.jit
