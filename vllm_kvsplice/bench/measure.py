@@ -20,7 +20,7 @@ from typing import Any
 from vllm_kvsplice.bench import analysis
 from vllm_kvsplice.bench.client import Client
 from vllm_kvsplice.bench.commands import WARMUP_PROMPTS, Load, bench_serve, server_args, write_trace
-from vllm_kvsplice.bench.memory import PeakMemory
+from vllm_kvsplice.bench.gpu_watch import GpuWatch
 from vllm_kvsplice.bench.request import FIT, MOST_FITTING, ServeBenchRequest, Setting
 from vllm_kvsplice.demo.server import Server
 from vllm_kvsplice.errors import KVSpliceError
@@ -50,6 +50,7 @@ class Bench:
     client: Client
     model: Model
     work: Path
+    watch: GpuWatch
     calls: int = 0
 
 
@@ -91,10 +92,9 @@ def measure(
         record["capacity"] = asdict(server.capacity())
         record["attention"] = attention_lines(server.log.read_text(errors="replace"))
         progress(f"up after {record['start_s']:.0f} s, room for {record['capacity']['tokens']:,} tokens")
-        bench = Bench(request, server, client, model, work)
-        with PeakMemory() as memory:
-            _measure_loads(bench, record, progress)
-        record["memory"] = asdict(memory)
+        with GpuWatch() as watch:
+            _measure_loads(Bench(request, server, client, model, work, watch), record, progress)
+        record["memory"] = watch.memory()
 
 
 def _measure_loads(bench: Bench, record: dict[str, Any], progress: Progress) -> None:
@@ -183,16 +183,17 @@ def _sweep(bench: Bench, number: int, users: int) -> dict[str, Any]:
 
 
 def _call(bench: Bench, load: Load) -> dict[str, Any]:
-    """One `vllm bench serve`, and the share of its prompt tokens that the prefix cache had."""
+    """One `vllm bench serve`, the share of its prompt tokens that the prefix cache had, and the GPU's clock meanwhile."""
     bench.calls += 1
     trace, out = bench.work / f"call{bench.calls}.trace.jsonl", bench.work / f"call{bench.calls}.json"
     write_trace(trace, load)
     queries, hits = prefix_counts(bench.server.metrics())
+    started = time.monotonic()
     bench.client.run(bench_serve(bench.server.url, bench.model.tokenizer, load, trace, out), CALL_TIMEOUT_S)
     asked, had = prefix_counts(bench.server.metrics())
     record = analysis.summarise(json.loads(out.read_text()), bench.request.stream_interval)
     share = (had - hits) / (asked - queries) if asked > queries else None
-    return {"load": asdict(load), "prefix_hit_share": share} | record
+    return {"load": asdict(load), "prefix_hit_share": share, "gpu": bench.watch.since(started)} | record
 
 
 def _seed(request: ServeBenchRequest, kind: int, number: int) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The peak of a GPU's memory, from a stand-in for `nvidia-smi` that says what it was asked."""
+"""Memory, clock and power of a GPU, from a stand-in for `nvidia-smi` that says what it was asked."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import time
 
 import pytest
 
-from vllm_kvsplice.bench import memory
+from vllm_kvsplice.bench import gpu_watch
 from vllm_kvsplice.bench.report import report
+
+REST = "95, 1980, 500.5"
 
 
 @pytest.fixture
@@ -36,40 +38,53 @@ def smi(tmp_path, monkeypatch):
     return install
 
 
-def test_the_peak_is_the_greatest_of_the_samples(smi, monkeypatch):
-    smi("100, 1000", "700, 1000", "300, 1000")
-    monkeypatch.setattr(memory, "INTERVAL_S", 0.01)
-    with memory.PeakMemory() as peak:
+def watched(monkeypatch, count):
+    """A watch that has taken at least so many samples."""
+    monkeypatch.setattr(gpu_watch, "INTERVAL_S", 0.01)
+    with gpu_watch.GpuWatch() as watch:
         until = time.monotonic() + 30
-        while peak.peak_bytes != 700 << 20 and time.monotonic() < until:
+        while len(watch.samples) < count and time.monotonic() < until:
             time.sleep(0.01)
-        time.sleep(0.2)
-    assert (peak.peak_bytes, peak.total_bytes) == (700 << 20, 1000 << 20)
+    return watch
+
+
+def test_the_peak_is_the_greatest_of_the_samples(smi, monkeypatch):
+    smi(*(f"{used}, 1000, {REST}" for used in (100, 700, 300)))
+    assert watched(monkeypatch, 4).memory() == {"peak_bytes": 700 << 20, "total_bytes": 1000 << 20}
+
+
+def test_clocks_are_of_busy_samples_since_the_call_began(smi, monkeypatch):
+    smi("1, 2, 100, 1980, 400", "1, 2, 20, 345, 90", "1, 2, 90, 1500, 690", "1, 2, 0, 345, 80")
+    watch = watched(monkeypatch, 4)
+    first, last = watch.samples[0].at, watch.samples[-1].at
+    assert watch.since(first) == {"samples": 2, "sm_mhz": 1740, "least_sm_mhz": 1500, "watts": 545}
+    assert watch.since(watch.samples[1].at) == {"samples": 1, "sm_mhz": 1500, "least_sm_mhz": 1500, "watts": 690}
+    assert watch.since(last) is None
 
 
 @pytest.mark.parametrize(("visible", "expected"), [(None, "0"), ("3,1", "3"), ("GPU-5f", "GPU-5f"), ("", "0")])
 def test_the_first_visible_gpu_is_asked(smi, monkeypatch, visible, expected):
-    asked = smi("1, 2")
+    asked = smi(f"1, 2, {REST}")
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert memory.used_and_total() == (1 << 20, 2 << 20)
+    assert gpu_watch.sample()[1:] == (1 << 20, 2 << 20, 95, 1980, 500.5)
     assert f"--id={expected} " in asked.read_text()
 
 
-@pytest.mark.parametrize("line", ["fail", "[N/A], 2", "no devices"])
+@pytest.mark.parametrize("line", ["fail", f"[N/A], 2, {REST}", "1, 2", "no devices"])
 def test_what_cannot_be_read_is_unknown(smi, line):
     smi(line)
-    assert memory.used_and_total() is None
-    with memory.PeakMemory() as peak:
+    assert gpu_watch.sample() is None
+    with gpu_watch.GpuWatch() as watch:
         pass
-    assert peak.peak_bytes is None
+    assert watch.memory() == {"peak_bytes": None, "total_bytes": None} and watch.since(0) is None
 
 
 def test_without_the_program_nothing_is_known(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert memory.used_and_total() is None
+    assert gpu_watch.sample() is None
 
 
 def test_the_table_shows_the_share_of_the_gpu():
