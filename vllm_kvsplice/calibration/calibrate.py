@@ -9,7 +9,7 @@ which the vLLM backend serves with and ``kvsplice eval`` scores.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,13 +151,10 @@ def solve_layers(
 ) -> dict[int, LayerProjector]:
     """Bases of every layer from its moments."""
     weigh_output = recipe.v.metric == "output-aware" and not recipe.v.untouched
-    outputs = output_weights(model) if weigh_output else {}
+    outputs = output_metrics(model, seen) if weigh_output else {}
     layers = {}
     for i, m in seen.items():
-        num_kv_heads, head_dim = m.k_sum.shape
-        metrics = {"plain": None, "query-aware": m.q_outer}
-        if weigh_output:
-            metrics["output-aware"] = _output_metric(model, i, outputs.get(i), num_kv_heads, head_dim)
+        metrics = {"plain": None, "query-aware": m.q_outer, "output-aware": outputs.get(i)}
         k = _basis("k", m.k_sum, m.k_outer, m.tokens, recipe.k, layout, metrics)
         v = _basis("v", m.v_sum, m.v_outer, m.tokens, recipe.v, layout, metrics)
         layers[i] = LayerProjector(layout, k, v)
@@ -189,12 +186,18 @@ def _basis(
     return Basis(*(part.float().contiguous() for part in solution))
 
 
-def _output_metric(model: Any, layer_idx: int, weight: Tensor | None, num_kv_heads: int, head_dim: int) -> Tensor:
-    if weight is None or weight.shape[1] % (num_kv_heads * head_dim):
-        raise KVSpliceError(
-            f"{type(model).__name__} layer {layer_idx} has no output projection that KVSplice knows: calibrate with --metric-v plain."
-        )
-    return bases.output_metric(weight.cpu(), num_kv_heads, head_dim)
+def output_metrics(model: Any, seen: Mapping[int, Moments]) -> dict[int, Tensor]:
+    """``bases.output_metric`` of every layer; KVSpliceError where the model has no output projection that is known."""
+    weights, found = output_weights(model), {}
+    for i, m in seen.items():
+        num_kv_heads, head_dim = m.k_sum.shape
+        weight = weights.get(i)
+        if weight is None or weight.shape[1] % (num_kv_heads * head_dim):
+            raise KVSpliceError(
+                f"{type(model).__name__} layer {i} has no output projection that KVSplice knows: calibrate with --metric-v plain."
+            )
+        found[i] = bases.output_metric(weight.cpu(), num_kv_heads, head_dim)
+    return found
 
 
 def _check_heads(layer_idx: int, k: Tensor, v: Tensor, shape: ModelShape) -> None:

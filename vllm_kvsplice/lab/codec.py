@@ -19,7 +19,7 @@ from vllm_kvsplice.calibration.hf_attention import transformed_kv
 from vllm_kvsplice.lab.statistics import LayerStatistics
 
 KV = tuple[Tensor, Tensor]
-Needs = Literal["nothing", "calibration", "gradients", "joint"]
+Needs = Literal["nothing", "calibration", "gradients", "joint", "vectors"]
 # (layer, k, v) -> (k^, v^): [B, num_kv_heads, T, head_dim] each, after RoPE; any float dtype may come back.
 CacheFunction = Callable[[int, Tensor, Tensor], KV]
 
@@ -70,7 +70,7 @@ class Codec:
     """One row of the comparison.
 
     needs: "nothing"; or "calibration" where the result depends on the calibration sample, so that it is scored with
-    several; or "gradients" of the loss on that sample too, or "joint" moments of all heads. bytes may raise KVSpliceError
+    several; or "gradients" of the loss on that sample too, "joint" moments of all heads, or "vectors" themselves. bytes may raise KVSpliceError
     for a geometry that the codec cannot store.
     """
 

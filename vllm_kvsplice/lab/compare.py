@@ -19,7 +19,7 @@ from vllm_kvsplice.lab.codec import Codec, Geometry, Setup
 from vllm_kvsplice.lab.loaded import Loaded, load
 from vllm_kvsplice.lab.rows import row_of
 from vllm_kvsplice.lab.score import Candidate, score_needles, score_windows
-from vllm_kvsplice.lab.statistics import LayerStatistics, collect, with_fisher, with_joint
+from vllm_kvsplice.lab.statistics import LayerStatistics, collect, with_fisher, with_joint, with_vectors
 from vllm_kvsplice.scoring.metrics import Scores
 from vllm_kvsplice.scoring.needle import Needle, fraction
 from vllm_kvsplice.scoring.results import provenance
@@ -116,6 +116,7 @@ def calibrate(
     seen = collect(loaded.model, windows)
     needs = {c.needs for c in codecs}
     seen = with_joint(loaded.model, windows, seen) if "joint" in needs else seen
+    seen = with_vectors(loaded.model, windows, seen) if "vectors" in needs else seen
     return with_fisher(loaded.model, windows, seen) if "gradients" in needs else seen
 
 

@@ -9,7 +9,6 @@ cached token, where it takes rank / H against its own latent of equal bytes; the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -18,13 +17,10 @@ from torch import Tensor
 from vllm_kvsplice.calibration import moments
 from vllm_kvsplice.codec import bases
 from vllm_kvsplice.codec.bases import Solution
-from vllm_kvsplice.codec.reference import dequantize, quantize
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.lab.codec import KV, Attach, Bytes, Codec, Geometry, Setup, on_cache
 from vllm_kvsplice.lab.dense import bf16
-
-# (bits, dims) in falling order of bits; what they leave of all heads' dimensions is dropped.
-Tiers = Sequence[tuple[int, int]]
+from vllm_kvsplice.lab.tiers import Tiers, latent_bytes, read
 
 
 def joint_codec(name: str, k: Tiers | None, v: Tiers | None) -> Codec:
@@ -33,20 +29,10 @@ def joint_codec(name: str, k: Tiers | None, v: Tiers | None) -> Codec:
     return Codec(name, "joint", "this project", count, prepare, needs="joint")
 
 
-def latent_bytes(tiers: Tiers) -> float:
-    """All-in bytes of one token's latent: codes, and one scale byte for each tier below 16 bits."""
-    return sum(dims * bits / 8 + (bits < 16) for bits, dims in tiers)
-
-
 def through(x: Tensor, basis: Solution, tiers: Tiers) -> Tensor:
     """Keys or values [B, H, T, head_dim] through their joint latent in a basis of one head of H * head_dim."""
     rows = x.transpose(1, 2).flatten(2).float() - basis.mean[0]
-    parts = (rows @ basis.encode[0].T).split([dims for _, dims in tiers], dim=-1)
-    read = [
-        z.bfloat16().float() if bits == 16 else dequantize(*quantize(z, bits), bits)
-        for (bits, _), z in zip(tiers, parts, strict=True)
-    ]
-    found = torch.cat(read, dim=-1) @ basis.decode[0].T + basis.mean[0]
+    found = read(rows @ basis.encode[0].T, tiers) @ basis.decode[0].T + basis.mean[0]
     return found.unflatten(2, (x.shape[1], -1)).transpose(1, 2)
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vllm_kvsplice.calibration.gradients import SIDES
 from vllm_kvsplice.calibration.hf_attention import transformed_kv
 from vllm_kvsplice.codec.fingerprint import model_shape
 from vllm_kvsplice.codec.layout import Side
@@ -26,7 +27,6 @@ from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.lab.codec import KV, Attach, Bytes, Codec, Geometry, Setup, on_cache
 from vllm_kvsplice.lab.dense import bf16
 from vllm_kvsplice.lab.norms import AttentionInput, attention_inputs, projection
-from vllm_kvsplice.lab.statistics import SIDES
 
 Scope = Literal["head", "joint"]
 EXACT = 1e-6  # relative residual below which a normal is one

@@ -17,12 +17,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from vllm_kvsplice.calibration.gradients import SIDES
 from vllm_kvsplice.codec.layout import Side
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.lab.affine import PAIR_BYTES, affine
 from vllm_kvsplice.lab.codec import Attach, Bytes, Codec, Geometry, Setup
 from vllm_kvsplice.lab.rotations import hadamard
-from vllm_kvsplice.lab.statistics import SIDES, LayerStatistics, watched_projections
+from vllm_kvsplice.lab.statistics import LayerStatistics, watched_projections
 
 PAPER = "Palu, arXiv 2407.21118"
 GROUP_HEADS = 4

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from vllm_kvsplice.calibration import moments
+from vllm_kvsplice.calibration.gradients import SIDES, Pulled, pull
 from vllm_kvsplice.calibration.hf_attention import transformed_kv
 from vllm_kvsplice.calibration.moments import Moments
 from vllm_kvsplice.codec.fingerprint import model_shape
 from vllm_kvsplice.codec.layout import Side
 
-SIDES: tuple[Side, ...] = ("k", "v")
 NAMES = {"k": "k_proj", "v": "v_proj"}
+VECTOR_WINDOWS = 8  # of which keys, values and gradients are held
 FISHER_WINDOWS = 8  # a backward each; the mean squared gradient of a weight group settles in a few
 
 
@@ -33,6 +34,9 @@ class LayerStatistics(NamedTuple):
     # Of projections without their bias, before RoPE, by side; empty where the model has no k_proj and v_proj:
     outer: Mapping[Side, Tensor]  # [H * head_dim, H * head_dim] fp64, sum of y y^T over tokens
     fisher: Mapping[Side, Tensor]  # [H] fp32, mean over a head's weights of the root mean squared gradient
+    vectors: Mapping[
+        Side, Pulled
+    ] = {}  # of the first VECTOR_WINDOWS windows, [n, T, H, head_dim] each, on the model's device
     joint: Moments | None = None  # of all heads as one of H * head_dim dimensions, after RoPE; without queries
 
 
@@ -90,6 +94,17 @@ def with_joint(model: Any, windows: Tensor, statistics: Mapping[int, LayerStatis
     return {
         i: s._replace(joint=Moments(joint[i].tokens, *(t.cpu() for t in joint[i][1:]))) for i, s in statistics.items()
     }
+
+
+def with_vectors(model: Any, windows: Tensor, statistics: Mapping[int, LayerStatistics]) -> dict[int, LayerStatistics]:
+    """Statistics with keys, values and the gradients by them of the first VECTOR_WINDOWS windows."""
+    generator = torch.Generator(model.device).manual_seed(0)
+    seen = [pull(model, window.to(model.device), generator) for window in windows[:VECTOR_WINDOWS]]
+
+    def stacked(layer_idx: int, side: Side) -> Pulled:
+        return Pulled(*(torch.stack(parts) for parts in zip(*(one[layer_idx, side] for one in seen), strict=True)))
+
+    return {i: s._replace(vectors={side: stacked(i, side) for side in SIDES}) for i, s in statistics.items()}
 
 
 def with_fisher(model: Any, windows: Tensor, statistics: Mapping[int, LayerStatistics]) -> dict[int, LayerStatistics]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from vllm_kvsplice.calibration.presets import MODES, Recipe, SideRecipe, TierShare, load_preset, tier_dims
 from vllm_kvsplice.codec.bases import EQUALISE
@@ -20,6 +20,7 @@ from vllm_kvsplice.lab.joint import joint_codec
 from vllm_kvsplice.lab.norms import folded_gain
 from vllm_kvsplice.lab.nullspace import nullspace_codec
 from vllm_kvsplice.lab.ours import preset_codec, recipe_codec
+from vllm_kvsplice.lab.refined import Refinement, refined_codec
 
 RANKS = (256, 192, 128, 96, 80, 64, 56, 48, 32, 24, 16)
 BITS: tuple[Literal[16, 8, 4, 2], ...] = (16, 8, 4, 2)
@@ -213,6 +214,18 @@ def joint(geometry: Geometry) -> list[Variant]:
     return found
 
 
+def refinements(geometry: Geometry) -> list[Variant]:
+    """One change of a preset's bases or bits at a time; 3 bits only where there are tiers to make them of."""
+    found = []
+    for preset in ("near_lossless", "balanced", "max"):
+        one = load_preset(preset)
+        for refinement in get_args(Refinement):
+            if refinement != "3 bits" or preset != "near_lossless":
+                codec = refined_codec(preset, one, refinement)
+                found.append(Variant({"tiers": preset, "refinement": refinement}, codec))
+    return found
+
+
 def modes(geometry: Geometry) -> list[Variant]:
     """The presets that the modes stand for."""
     return [Variant({"mode": mode}, preset_codec(name)) for mode, name in MODES.items()]
@@ -230,5 +243,6 @@ STUDIES = (
     Study("domain", "calibrated on one kind of text, scored on another", "calibrated", domain),
     Study("seeds", "other windows of calibration text", "preset", stability),
     Study("joint", "one latent per head, or one for all heads of a layer", "rank of all heads", joint),
+    Study("refinements", "other bases and bits at equal bytes", "tiers", refinements),
     Study("modes", "default, high_compression and memory_emergency", "mode", modes),
 )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vllm_kvsplice.calibration import moments
 from vllm_kvsplice.calibration.calibrate import solve_layers
-from vllm_kvsplice.calibration.hf_attention import transformed_kv
+from vllm_kvsplice.calibration.gradients import Pulled, Slot, pull
 from vllm_kvsplice.calibration.moments import Moments
 from vllm_kvsplice.calibration.presets import Recipe
 from vllm_kvsplice.codec import bases, reference
@@ -29,15 +29,7 @@ from vllm_kvsplice.codec.bases import Equalise
 from vllm_kvsplice.codec.layout import LatentLayout, Side
 from vllm_kvsplice.tuning.candidates import SIDES, WIDE, Option, Tiers, recipe_of, side_bytes
 
-Slot = tuple[int, Side]  # layer and side
 Place = tuple[int, int, int]  # a tier wherever it may stand: bits, first latent dimension, dims
-
-
-class Pulled(NamedTuple):
-    """One side of one layer over a window: its vectors and the gradients of sum log p by them, [T, H, head_dim] each."""
-
-    x: Tensor
-    gradient: Tensor
 
 
 class Axes(NamedTuple):
@@ -84,29 +76,6 @@ def places_of(plan: Tiers) -> list[Place]:
     """A plan's tiers with the dimension at which each starts."""
     starts = [sum(n for _, n in plan[:i]) for i in range(len(plan))]
     return [(bits, start, n) for (bits, n), start in zip(plan, starts, strict=True)]
-
-
-def pull(model: Any, window: Tensor, generator: torch.Generator) -> dict[Slot, Pulled]:
-    """Keys, values and their gradients of one window [T], for next tokens drawn from the model."""
-    leaves: dict[int, tuple[Tensor, Tensor]] = {}
-    held: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def watch(layer_idx: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        held[layer_idx] = k.detach(), v.detach()
-        leaves[layer_idx] = torch.zeros_like(k, requires_grad=True), torch.zeros_like(v, requires_grad=True)
-        return k + leaves[layer_idx][0], v + leaves[layer_idx][1]
-
-    model.requires_grad_(False)
-    with torch.enable_grad(), transformed_kv(model, watch):
-        logprobs = model(window[None], use_cache=False).logits[0].float().log_softmax(-1)
-        drawn = torch.multinomial(logprobs.detach().exp(), 1, generator=generator)
-        total = logprobs.gather(1, drawn).sum()
-    gradients = iter(torch.autograd.grad(total, [leaf for pair in leaves.values() for leaf in pair]))
-    return {
-        (i, side): Pulled(*(t[0].transpose(0, 1).float() for t in (x, next(gradients))))
-        for i, pair in held.items()
-        for side, x in zip(SIDES, pair, strict=True)
-    }
 
 
 def _tier_losses(pulled: Pulled, axes: Axes, places: Sequence[Place], dtype: torch.dtype) -> dict[Place, float]:
