@@ -67,7 +67,9 @@ def klds(result, name, **at):
 
 # ---------------------------------------------------------------- what the studies show
 def test_every_study_has_its_rows(result):
-    assert list(result["studies"]) == [s.name for s in studies.STUDIES] and not result["left_out"]
+    rope = {"refinements": "GPT2LMHeadModel has no rotary_emb: a moving mean needs a model with RoPE."}
+    assert list(result["studies"]) == [s.name for s in studies.STUDIES if s.name not in rope]
+    assert result["left_out"] == rope
     assert {"command", "date", "hardware", "versions", "calibration", "dtype"} <= set(result)
     assert {name: text["windows"] for name, text in result["texts"].items()} == {"given": 2, "code": 2}
     for found in result["studies"].values():

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of kernels: what the README and docs/performance.md quote is what the files hold."""
+
+import json
+import re
+from functools import partial
+
+import pytest
+from result_files import PERFORMANCE, QUALITY, README, RESULTS, ROOT
+
+from vllm_kvsplice.calibration.presets import resolve
+
+
+def best_us(file, kernel, preset, batch, context, block_size=None, heads="28/4"):
+    """p50 in microseconds of a decode, at its best page size or at one."""
+    return min(
+        r["p50_us"]
+        for r in RESULTS[file]["rows"]
+        if (r["what"], r["kernel"], r["preset"], r["heads"]) == ("decode", kernel, preset, heads)
+        and (r["batch"], r["context"]) == (batch, context)
+        and block_size in (None, r["block_size"])
+    )
+
+
+SHAPES = [(64, 4096), (256, 2048), (16, 32768), (8, 8192), (1, 32768)]
+
+
+@pytest.mark.parametrize(("batch", "context"), SHAPES)
+@pytest.mark.parametrize("gpu", ["h100", "h200"])
+def test_kernel_speeds_are_quoted_as_measured(gpu, batch, context):
+    us = partial(best_us, f"kernels-{gpu}", batch=batch, context=context)
+    bf16, fp8 = (us("flash-attention-3", p) for p in ("bf16", "fp8"))
+    ours, ours_64 = (us("kvsplice", "near_lossless", block_size=n) for n in (16, 64))
+    cells = f"| {batch} x {context} | {bf16:.1f} | {fp8:.1f} | {ours:.1f} / {ours_64:.1f} | {bf16 / ours:.2f} / {bf16 / ours_64:.2f} |"
+    assert cells in PERFORMANCE
+    others = [("kvsplice", p) for p in ("near_lossless", "balanced", "max", "int8", "v_only")]
+    others += [("flash-attention-3", "fp8"), *(("vllm-triton", p) for p in ("bf16", "int8", "int4"))]
+    others += [("turboquant", "k8v4"), ("turboquant", "4bit_nc")]
+    cells = " | ".join(f"{bf16 / us(*other):.2f}" for other in others)
+    assert f"| {batch} x {context} | {cells} |" in PERFORMANCE
+
+
+@pytest.mark.parametrize(("batch", "context"), SHAPES)
+def test_the_readme_quotes_kernel_speeds_of_an_h200(batch, context):
+    us = partial(best_us, "kernels-h200", batch=batch, context=context)
+    bf16, fp8 = (us("flash-attention-3", p) for p in ("bf16", "fp8"))
+    at_64 = [us("kvsplice", p, block_size=64) for p in ("near_lossless", "balanced", "max", "int8")]
+    cells = " | ".join(f"{t:.1f} ({bf16 / t:.2f}x)" for t in at_64)
+    assert f"| {batch} x {context} | {bf16:.1f} | {fp8:.1f} | {cells} |" in README
+
+
+TUNED = ("tuned291 (mean of 8 layers)", "tuned50 (mean of 8 layers)")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["near_lossless", "balanced", "max", *TUNED, *(f"v_cut_{n}.toml" for n in ("132", "132b", "124", "107", "100"))],
+)
+def test_speeds_of_layouts_are_quoted_as_measured(layout):
+    us = partial(best_us, "kernels-layouts-h200", batch=64, context=4096)
+    bf16, ours = us("flash-attention-3", "bf16"), us("kvsplice", layout, block_size=64)
+    (line,) = [
+        x
+        for x in PERFORMANCE.splitlines()
+        if re.match(rf"\| `?{re.escape(layout.removesuffix('.toml'))}`? \| (K|six)", x)
+    ]
+    assert f" | {ours:.1f} | {bf16 / ours:.2f}x |" in line
+    if layout.endswith(".toml"):
+        shown = str(resolve(str(ROOT / "configs/candidates" / layout), 128)[0])
+        tiers = line.split("|")[2].strip()
+        assert re.sub(r"\+(\d+)x0", r", \1 dropped", shown) == tiers
+
+
+def test_speeds_of_tuned_layouts_are_quoted_as_measured():
+    us = partial(best_us, "kernels-layouts-h200", batch=64, context=4096)
+    bf16 = us("flash-attention-3", "bf16")
+    tuned, tuned_50, ours = (bf16 / us("kvsplice", p, block_size=64) for p in (*TUNED, "near_lossless"))
+    assert f"at {tuned:.2f}x and {tuned_50:.2f}x the speed" in QUALITY
+    assert f"`near_lossless` at {ours:.2f}x;" in QUALITY
+
+
+def test_prefill_is_quoted_as_measured():
+    for (batch, new, context), shown in (
+        ((4, 2048, 2048), "4 x 2048 tokens"),
+        ((1, 8192, 8192), "1 x 8192 tokens"),
+        ((1, 8192, 40960), "1 x 8192 tokens after 32768 cached"),
+    ):
+        us = {
+            (r["kernel"], r["preset"]): r["p50_us"]
+            for r in RESULTS["prefill-h200"]["rows"]
+            if (r["batch"], r["query_len"], r["context"]) == (batch, new, context)
+        }
+        bf16, fp8 = (us["flash-attention-3", p] for p in ("bf16", "fp8"))
+        ours = [us["kvsplice", p] for p in ("near_lossless", "balanced", "max", "int8", "v_only")]
+        cells = " | ".join(f"{t:.1f} ({bf16 / t:.2f}x)" for t in ours)
+        assert f"| {shown} | {bf16:.1f} | {bf16 / fp8:.2f}x | {cells} |" in PERFORMANCE
+
+
+def test_head_dim_64_gains_less_on_an_h200():
+    for gpu, quoted in (("h200", "smaller, {:.1f} to {:.1f} times"), ("h100", "H100 it was {:.1f} to {:.1f} (")):
+        rows = [r for r in RESULTS[f"kernels-d64-{gpu}"]["rows"] if r["kernel"] == "kvsplice"]
+        gains = [r["ratio_to_fa3_bf16"] for r in rows]
+        assert quoted.format(min(gains), max(gains)) in PERFORMANCE
+
+
+@pytest.mark.parametrize(
+    ("file", "heads", "head_dim"),
+    [("heads", "32/8", 128), ("heads", "64/8", 128), ("d64", "14/2", 64), ("d64", "32/8", 64)],
+)
+@pytest.mark.parametrize(("batch", "context"), [(64, 4096), (16, 32768), (8, 8192)])
+def test_other_heads_are_quoted_as_measured(file, heads, head_dim, batch, context):
+    us = partial(best_us, f"kernels-{file}-h200", batch=batch, context=context, heads=heads)
+    bf16, *ours = (
+        us("flash-attention-3", "bf16"),
+        *(us("kvsplice", "near_lossless", block_size=n) for n in (16, 64)),
+    )
+    cells = f"{bf16:.1f} | {ours[0]:.1f} / {ours[1]:.1f} | {bf16 / ours[0]:.2f} / {bf16 / ours[1]:.2f}"
+    assert f"| {heads} x {head_dim} | {batch} x {context} | {cells} |" in PERFORMANCE
+
+
+def test_profiles_and_writes_are_quoted_as_measured():
+    for reading in RESULTS["profile-decode-h200"]["readings"].values():
+        quoted = f"| {reading['l2_sectors_per_16_tokens']} | {reading['shared_wavefronts_per_16_tokens']} |"
+        assert quoted in PERFORMANCE
+    writes, before = (
+        {(r["preset"], r["query_len"], r["kernel"]): r["p50_us"] for r in RESULTS[file]["rows"] if r["what"] == "write"}
+        for file in ("writes-h200", "kernels-h200")
+    )
+    for tokens in (1, 64, 256, 2048, 8192):
+        cells = [f"{writes['bf16', tokens, 'flash-attention-3']:.1f}"]
+        cells += [
+            f"{writes[p, tokens, 'kvsplice']:.1f}" for p in ("near_lossless", "int8", "v_only", "balanced", "max")
+        ]
+        assert f"| {tokens} | {' | '.join(cells)} |" in PERFORMANCE
+    times = [before[p, n, "kvsplice"] for p, n in (("balanced", 64), ("balanced", 8192), ("max", 8192))]
+    assert "`balanced` took {:.1f} us at 64 tokens and {:.1f} at 8192, `max` {:.1f}.".format(*times) in PERFORMANCE
+    for name in ("checks-h100", "checks-h200", "sanitizer-h200"):
+        assert RESULTS[name]["checks"] == {"ok": 98, "failed": []}
+    assert RESULTS["sanitizer-h200"]["error_summary"] == "ERROR SUMMARY: 0 errors"
+
+
+def test_launch_parameters_of_an_h200_are_quoted_as_measured():
+    entries = json.loads((ROOT / "configs/launch/NVIDIA_H200.json").read_text())["entries"]
+    gain = {e["measured"]["preset"]: f"{100 * (e['measured']['speedup'] - 1):.1f} %" for e in entries if e["launch"]}
+    assert f"`v_only` {gain.pop('v_only')}, `max` {gain.pop('max')} and `int8` {gain.pop('int8')} faster" in PERFORMANCE
+    assert not gain
+
+
+def test_launch_parameters_are_quoted_as_measured():
+    entries = json.loads((ROOT / "configs/launch/NVIDIA_H100_80GB_HBM3.json").read_text())["entries"]
+    gain = {e["measured"]["preset"]: f"{100 * (e['measured']['speedup'] - 1):.1f} %" for e in entries}
+    assert f"`int8` {gain['int8']} and `v_only` {gain['v_only']} faster" in PERFORMANCE
+    assert f"and no limit of registers: {gain['near_lossless']}, below" in PERFORMANCE
+    assert [e["measured"]["preset"] for e in entries if e["launch"]] == ["int8", "v_only"]
+
+
+def test_the_loop_is_quoted_as_compiled():
+    loop = RESULTS["decode-loop"]
+    assert f"{loop['before']['loop']} to {loop['now']['loop']} for 32 tokens (`decode-loop`" in PERFORMANCE
+    before, now = (loop["columns_64"][key] for key in ("before", "now"))
+    quoted = f"{before['loop']}\ninstructions and {before['stack']} bytes of stack, now {now['loop']} and {now['stack']} (`decode-loop`)"
+    assert quoted in PERFORMANCE
