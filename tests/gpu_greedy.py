@@ -5,7 +5,7 @@
 
 "Everything" is prefix caching, prompts in chunks of 512 tokens and n-gram drafts. All ways read codes in prefill, so that the plain-torch
 simulation is the same for all. Where batches are cut differently, sums of floats come out differently in their last bits, and two
-tokens may be as good as level: an answer may leave another's path only where the simulation says so.
+tokens may be as good as level: an answer may leave another's path only where the simulation says so. --stock serves everything without KVSplice as well: what vLLM's own batches do to its answers.
 """
 
 from __future__ import annotations
@@ -45,7 +45,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "everything, eager": EAGER | EVERYTHING,
     "everything, graphs": CAPTURED | EVERYTHING,
 }
-AGAINST = {"graphs": "eager", "everything, eager": "eager", "everything, graphs": "everything, eager"}
+STOCK = {f"stock, {name}": WAYS[name] for name in ("everything, eager", "everything, graphs")}
+AGAINST = {
+    "graphs": "eager",
+    "everything, eager": "eager",
+    "everything, graphs": "everything, eager",
+    "stock, everything, graphs": "stock, everything, eager",
+}
 
 
 def make_prompts(ids: Sequence[int]) -> list[list[int]]:
@@ -66,7 +72,8 @@ def make_prompts(ids: Sequence[int]) -> list[list[int]]:
 
 def compare(ways: dict[str, Served], prompts: list[list[int]], rows: Any) -> dict[str, Any]:
     """Per way and pass: answers equal to those of the way in ``AGAINST``, the gap in nats between the two tokens where an answer first
-    leaves them, and how far its tokens lie below the simulation's best. ``rows(ids)``: log-probabilities [T, vocab] of the next token."""
+    leaves them, and how far its tokens lie below the simulation's best. ``rows(ids, compressed)``: log-probabilities [T, vocab] of the
+    next token."""
     found: dict[str, Any] = {}
     for name, served in ways.items():
         against = AGAINST.get(name, name)
@@ -74,7 +81,7 @@ def compare(ways: dict[str, Served], prompts: list[list[int]], rows: Any) -> dic
             others = ways[against].tokens
             equal, splits, behind = 0, [], []
             for prompt, tokens, base in zip(prompts, answers, others[min(step, len(others) - 1)], strict=True):
-                at = rows(prompt + tokens)[len(prompt) - 1 : -1]
+                at = rows(prompt + tokens, name not in STOCK)[len(prompt) - 1 : -1]
                 behind += (at.max(-1).values - at.gather(1, at.new_tensor(tokens).long()[:, None])[:, 0]).tolist()
                 where = next((i for i, (a, b) in enumerate(zip(tokens, base, strict=True)) if a != b), None)
                 if where is None:
@@ -91,34 +98,38 @@ def compare(ways: dict[str, Served], prompts: list[list[int]], rows: Any) -> dic
     return found
 
 
-def run(model: Path, projector: Path | None, ids: Sequence[int], extra: dict[str, Any], folder: Path) -> dict[str, Any]:
+def run(
+    model: Path, projector: Path | None, ids: Sequence[int], extra: dict[str, Any], folder: Path, stock: bool = False
+) -> dict[str, Any]:
     """Serve and compare. ``projector`` None: the calibration-free codec. ``ids``: tokens of a text, some thousands.
-    ``extra``: arguments of every engine."""
+    ``extra``: arguments of every engine. ``stock``: vLLM's own backend as well."""
     prompts = make_prompts(ids)
     step = dict(prompts=prompts, params=GREEDY | dict(max_tokens=ANSWER))
-    jobs = {
-        name: job(model, *([step] * (2 if "everything" in name else 1)), **(COMMON | extra | way | kvsplice(projector)))
-        for name, way in WAYS.items()
-    }
+    ways = WAYS | (STOCK if stock else {})
+    jobs = {}
+    for name, way in ways.items():
+        steps = [step] * (2 if "everything" in name else 1)
+        backend = {} if name in STOCK else kvsplice(projector)
+        jobs[name] = job(model, *steps, **(COMMON | extra | way | backend))
     served, log = serve(list(jobs.values()), folder, timeout=500)
-    ways = dict(zip(jobs, served, strict=True))
-    failed = [f"{name}: {one.error}" for name, one in ways.items() if one.error]
+    answers = dict(zip(jobs, served, strict=True))
+    failed = [f"{name}: {one.error}" for name, one in answers.items() if one.error]
     assert not failed, "\n".join(failed) + log[-4000:]
     made, known = Projector.load(projector) if projector else None, {}
 
-    def rows(given: list[int]) -> Any:
-        key = tuple(given)
+    def rows(given: list[int], compressed: bool) -> Any:
+        key = compressed, tuple(given)
         if key not in known:
-            known[key] = simulate(model, made, given)
+            known[key] = simulate(model, made, given, compressed)
         return known[key]
 
-    metrics = ways["everything, graphs"].metrics
+    metrics = answers["everything, graphs"].metrics
     return {
-        "ways": compare(ways, prompts, rows),
+        "ways": compare(answers, prompts, rows),
         "prefix_cache_hits": metrics["vllm:prefix_cache_hits"],
         "accepted_drafts": metrics["vllm:spec_decode_num_accepted_tokens"],
         "captured": "Capturing CUDA graphs" in log,
-        "arguments": WAYS,
+        "arguments": ways,
     }
 
 
@@ -141,6 +152,7 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("projector", type=Path)
     parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--stock", action="store_true")
     parser.add_argument("--vllm-args", type=json.loads, default={})
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -148,7 +160,7 @@ def main() -> int:
 
     ids = AutoTokenizer.from_pretrained(given.model)(given.text.read_text()[: 8 * COUNT * LONGEST])["input_ids"]
     with tempfile.TemporaryDirectory() as folder:
-        result = run(given.model, given.projector.resolve(), ids, given.vllm_args, Path(folder))
+        result = run(given.model, given.projector.resolve(), ids, given.vllm_args, Path(folder), given.stock)
     result |= {"model": given.model.name, "failures": failures(result)} | provenance()
     result["command"] = shlex.join(["python", "tests/gpu_greedy.py", *sys.argv[1:]])
     print(json.dumps(result, indent=1))
