@@ -13,12 +13,12 @@ from vllm_kvsplice.calibration import calibrate
 from vllm_kvsplice.calibration.hf_attention import load_model
 from vllm_kvsplice.calibration.presets import load_preset
 from vllm_kvsplice.calibration.texts import load_text, token_windows
-from vllm_kvsplice.codec.layout import dense_bytes
+from vllm_kvsplice.codec.layout import SIDES, dense_bytes
 from vllm_kvsplice.codec.projector import Projector
 from vllm_kvsplice.scoring import evaluate
 from vllm_kvsplice.tuning import codecs, sensitivity, tune, verify
 from vllm_kvsplice.tuning.allocate import Pair, Point
-from vllm_kvsplice.tuning.candidates import SIDES, tier_plans
+from vllm_kvsplice.tuning.candidates import tier_plans
 
 BASE = load_preset("near_lossless")
 DEMO = str(Path(__file__).resolve().parents[1] / "vllm_kvsplice" / "demo" / "model")

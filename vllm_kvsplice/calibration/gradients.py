@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from vllm_kvsplice.calibration.hf_attention import transformed_kv
-from vllm_kvsplice.codec.layout import Side
+from vllm_kvsplice.codec.layout import SIDES, Side
 
-SIDES: tuple[Side, Side] = ("k", "v")
 Slot = tuple[int, Side]  # layer and side
 
 

@@ -25,6 +25,7 @@ from typing import Literal, NamedTuple
 from vllm_kvsplice.errors import KVSpliceError
 
 Side = Literal["k", "v"]
+SIDES: tuple[Side, Side] = ("k", "v")
 BIT_WIDTHS = (16, 8, 4, 2, 0)
 BLOCK_MULTIPLE = 16  # tokens: puts every plane on 16 bytes, whatever the bytes per token
 TIER_MULTIPLE = 8  # dimensions: whole 16-bit words for 2-bit codes

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vllm_kvsplice.codec.bases import hadamard
 from vllm_kvsplice.codec.fingerprint import ModelShape, model_shape
-from vllm_kvsplice.codec.layout import LatentLayout, Ratios, Side, Tier, ratios
+from vllm_kvsplice.codec.layout import SIDES, LatentLayout, Ratios, Side, Tier, ratios
 from vllm_kvsplice.errors import KVSpliceError
 
 FORMAT = "kvsplice/1"
@@ -30,7 +30,6 @@ FILE_NAME = "kvsplice.safetensors"  # looked for beside a model's weights
 MAX_HEADER_BYTES = 16 << 20  # safetensors allows 100 MB; ours holds a few kilobytes per layer
 MAX_LAYERS, MAX_KV_HEADS = 1024, 1024
 _PARTS = ("encode", "decode", "mean", "sigma")
-_SIDES: tuple[Side, ...] = ("k", "v")
 
 
 class Folded(NamedTuple):
@@ -139,7 +138,7 @@ class Projector:
         tensors = {
             f"layers.{i}.{side}.{part}": getattr(layer.side(side), part).float().contiguous().clone()
             for i, layer in sorted(self.layers.items())
-            for side in _SIDES
+            for side in SIDES
             for part in _PARTS
         }
         layouts = {str(i): layer.layout.to_json() for i, layer in sorted(self.layers.items())}
@@ -157,7 +156,7 @@ class Projector:
             with safe_open(path, framework="pt") as f:
                 layers = {
                     i: LayerProjector(
-                        layout, *(Basis(*(f.get_tensor(f"layers.{i}.{s}.{p}") for p in _PARTS)) for s in _SIDES)
+                        layout, *(Basis(*(f.get_tensor(f"layers.{i}.{s}.{p}") for p in _PARTS)) for s in SIDES)
                     )
                     for i, layout in layouts.items()
                 }
@@ -253,7 +252,7 @@ def _check_tensors(path: Path, header: dict[str, Any], metadata: Metadata, layou
     wanted = {
         f"layers.{i}.{side}.{part}": shape
         for i, layout in layouts.items()
-        for side in _SIDES
+        for side in SIDES
         for part, shape in _shapes(layout, side, model.num_kv_heads)
     }
     found = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -267,7 +266,7 @@ def _check_tensors(path: Path, header: dict[str, Any], metadata: Metadata, layou
 
 
 def _check_values(path: Path, index: int, layer: LayerProjector) -> None:
-    for side in _SIDES:
+    for side in SIDES:
         basis = layer.side(side)
         for part in _PARTS:
             if not torch.isfinite(getattr(basis, part)).all():

@@ -19,10 +19,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vllm_kvsplice.calibration.gradients import SIDES
 from vllm_kvsplice.calibration.hf_attention import transformed_kv
 from vllm_kvsplice.codec.fingerprint import model_shape
-from vllm_kvsplice.codec.layout import Side
+from vllm_kvsplice.codec.layout import SIDES, Side
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.lab.codec import KV, Attach, Bytes, Codec, Geometry, Setup, on_cache
 from vllm_kvsplice.lab.dense import bf16

@@ -17,8 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vllm_kvsplice.calibration.gradients import SIDES
-from vllm_kvsplice.codec.layout import Side
+from vllm_kvsplice.codec.layout import SIDES, Side
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.lab.affine import PAIR_BYTES, affine
 from vllm_kvsplice.lab.codec import Attach, Bytes, Codec, Geometry, Setup

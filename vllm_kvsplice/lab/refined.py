@@ -23,11 +23,10 @@ from torch import Tensor
 
 from vllm_kvsplice.calibration import moments
 from vllm_kvsplice.calibration.calibrate import output_metrics
-from vllm_kvsplice.calibration.gradients import SIDES
 from vllm_kvsplice.calibration.presets import Recipe, tier_dims
 from vllm_kvsplice.codec import bases
 from vllm_kvsplice.codec.bases import Solution
-from vllm_kvsplice.codec.layout import Side
+from vllm_kvsplice.codec.layout import SIDES, Side
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.lab.codec import KV, Attach, Bytes, Codec, Geometry, Setup, on_cache
 from vllm_kvsplice.lab.statistics import LayerStatistics

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from vllm_kvsplice.calibration import moments
-from vllm_kvsplice.calibration.gradients import SIDES, Pulled, pull
+from vllm_kvsplice.calibration.gradients import Pulled, pull
 from vllm_kvsplice.calibration.hf_attention import transformed_kv
 from vllm_kvsplice.calibration.moments import Moments
 from vllm_kvsplice.codec.fingerprint import model_shape
-from vllm_kvsplice.codec.layout import Side
+from vllm_kvsplice.codec.layout import SIDES, Side
 
 NAMES = {"k": "k_proj", "v": "v_proj"}
 VECTOR_WINDOWS = 8  # of which keys, values and gradients are held
@@ -34,9 +34,8 @@ class LayerStatistics(NamedTuple):
     # Of projections without their bias, before RoPE, by side; empty where the model has no k_proj and v_proj:
     outer: Mapping[Side, Tensor]  # [H * head_dim, H * head_dim] fp64, sum of y y^T over tokens
     fisher: Mapping[Side, Tensor]  # [H] fp32, mean over a head's weights of the root mean squared gradient
-    vectors: Mapping[
-        Side, Pulled
-    ] = {}  # of the first VECTOR_WINDOWS windows, [n, T, H, head_dim] each, on the model's device
+    # Of the first VECTOR_WINDOWS windows, [n, T, H, head_dim] each, on the model's device; empty unless asked for:
+    vectors: Mapping[Side, Pulled] = {}
     joint: Moments | None = None  # of all heads as one of H * head_dim dimensions, after RoPE; without queries
 
 

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from kvsplice_kernels.encode import Prepared, prepare
-from vllm_kvsplice.codec.layout import LatentLayout, Side
+from vllm_kvsplice.codec.layout import SIDES, LatentLayout
 from vllm_kvsplice.codec.projector import LayerProjector, Projector, default_layer
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.serving.vllm_compat import attention_layers, is_plain_attention, layer_index
 
-SIDES: tuple[Side, ...] = ("k", "v")
 # Fields of Prepared -> names of the buffers that hold them; means are those of Bases.
 PREPARED = {
     "k_encode": "k_encode_planes",

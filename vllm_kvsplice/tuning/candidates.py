@@ -11,12 +11,11 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from vllm_kvsplice.calibration.presets import Recipe, SideRecipe, TierShare
-from vllm_kvsplice.codec.layout import BIT_WIDTHS, TIER_MULTIPLE, LatentLayout, Side, Tier, runs
+from vllm_kvsplice.codec.layout import BIT_WIDTHS, SIDES, TIER_MULTIPLE, LatentLayout, Side, Tier, runs
 from vllm_kvsplice.errors import KVSpliceError
 
 Tiers = tuple[tuple[int, int], ...]  # (bits, dims), bits falling, dropped dimensions as a last tier of 0 bits
 
-SIDES: tuple[Side, ...] = ("k", "v")
 STEPS = 8  # a tier is so many eighths of head_dim, or TIER_MULTIPLE where an eighth is less
 # Least bytes of a run of codes (layout.runs). Kernels pad shorter runs to a tensor core's 16 rows or 32 bytes, so that they
 # cost the time of longer ones and save next to nothing.

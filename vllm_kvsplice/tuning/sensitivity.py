@@ -26,8 +26,8 @@ from vllm_kvsplice.calibration.moments import Moments
 from vllm_kvsplice.calibration.presets import Recipe
 from vllm_kvsplice.codec import bases, reference
 from vllm_kvsplice.codec.bases import Equalise
-from vllm_kvsplice.codec.layout import LatentLayout, Side
-from vllm_kvsplice.tuning.candidates import SIDES, WIDE, Option, Tiers, recipe_of, side_bytes
+from vllm_kvsplice.codec.layout import SIDES, LatentLayout, Side
+from vllm_kvsplice.tuning.candidates import WIDE, Option, Tiers, recipe_of, side_bytes
 
 Place = tuple[int, int, int]  # a tier wherever it may stand: bits, first latent dimension, dims
 

@@ -26,13 +26,14 @@ from vllm_kvsplice.calibration.moments import Moments
 from vllm_kvsplice.calibration.presets import load_preset
 from vllm_kvsplice.calibration.texts import Text, special_prefix, token_windows
 from vllm_kvsplice.codec.fingerprint import model_shape, shown_name
+from vllm_kvsplice.codec.layout import SIDES
 from vllm_kvsplice.codec.projector import Calibration, Projector, build_metadata
 from vllm_kvsplice.scoring.evaluate import cut_windows
 from vllm_kvsplice.scoring.plan import layer_windows
 from vllm_kvsplice.scoring.results import check_writable
 from vllm_kvsplice.tuning import allocate, codecs, report, search, sensitivity, texts, trials, verify
 from vllm_kvsplice.tuning.allocate import Point
-from vllm_kvsplice.tuning.candidates import SIDES, tier_plans
+from vllm_kvsplice.tuning.candidates import tier_plans
 from vllm_kvsplice.tuning.report import Facts
 from vllm_kvsplice.tuning.trials import Bench
 
