@@ -90,6 +90,8 @@ def test_greedy_answers_are_quoted_as_measured():
         passes = ways[way], ways[f"{way}, again"]
         gap = max(gap for one in passes for gap in one["gap_where_they_part_nats"])
         assert quoted.format(*(one["equal"] for one in passes), gap) in PERFORMANCE
+    stock = [ways[f"stock, everything, graphs{again}"]["equal"] for again in ("", ", again")]
+    assert "graphs and eager are equal in {} and {} of 12".format(*stock) in PERFORMANCE
     behind = [way["behind_best_nats"]["mean"] for way in ways.values()]
     assert f"lie {min(behind):.5f} to {max(behind):.5f} nats behind" in PERFORMANCE
 
