@@ -5,7 +5,8 @@
 
 "Everything" is prefix caching, prompts in chunks of 512 tokens and n-gram drafts. All ways read codes in prefill, so that the plain-torch
 simulation is the same for all. Where batches are cut differently, sums of floats come out differently in their last bits, and two
-tokens may be as good as level: an answer may leave another's path only where the simulation says so. --stock serves everything without KVSplice as well: what vLLM's own batches do to its answers.
+tokens may be as good as level: an answer may leave another's path only where the simulation says so.
+--stock serves everything without KVSplice as well: what vLLM's own batches do to its answers.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def test_steps_in_the_engine_are_quoted_as_measured(preset):
     cells = [step["us_per_layer"][f"{kernel}_kernel"] for kernel in ("write_and_project", "decode", "reduce_expand")]
     cells += [step["attention_us"], step["layer_us"]]
     assert f"| `{preset}` | {' | '.join(f'{us:.1f}' for us in cells)} |" in PERFORMANCE
-    assert round(step["layer_us"] - step["attention_us"]) in (151, 153, 154) and "layer is 151 to 153 us" in PERFORMANCE
+    assert round(step["layer_us"] - step["attention_us"]) in (151, 153) and "layer is 151 to 153 us" in PERFORMANCE
 
 
 def test_clocks_are_quoted_as_measured():
