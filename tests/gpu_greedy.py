@@ -29,7 +29,7 @@ COUNT, LONGEST, ANSWER = 12, 1500, 48
 LEVEL = 0.2  # nats in the fp32 simulation between two tokens that bf16 and the codes' rounding may swap
 BEHIND = 0.02  # nats, mean, of the tokens served behind the best of the simulation in fp32
 DRAFTS = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_max=3)
-GRAPHS = dict(mode=0, cudagraph_mode="FULL_DECODE_ONLY", cudagraph_capture_sizes=[1, 4, 8, 16, 32, 48])
+GRAPHS = dict(mode=0, cudagraph_mode="FULL_DECODE_ONLY")  # of the sizes that vLLM captures by itself
 COMMON: dict[str, Any] = dict(
     dtype="bfloat16", kv_cache_memory_bytes=1 << 30, gpu_memory_utilization=0.15, max_model_len=2048, max_num_seqs=12,
     max_logprobs=1, block_size=None,

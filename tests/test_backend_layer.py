@@ -27,6 +27,7 @@ from vllm_kvsplice.serving.attention_layer import (
 )
 from vllm_kvsplice.serving.metadata import KVSpliceMetadataBuilder
 from vllm_kvsplice.serving.startup import LayerFacts, summary
+from vllm_kvsplice.serving.triton_path import graph_reqs
 
 A = LatentLayout.of(64, k=[(8, 16), (4, 48)], v=[(8, 16), (4, 48)])  # 46 + 46 bytes
 B = LatentLayout.of(64, k=[(16, 64)], v=[(4, 40), (0, 24)])  # 128 + 24
@@ -165,13 +166,50 @@ def test_without_host_lengths_no_row_counts_as_a_first_chunk() -> None:
     assert m.decodes.num_tokens == 0 and m.prefills is not None and m.prefills.first_chunk == [False, False]
 
 
-def test_capture_holds_for_the_longest_context_and_the_query_itself() -> None:
+def test_capture_is_over_the_query_itself() -> None:
     given = batch([2, 2], [1, 1])
-    m = builder(2).build_for_cudagraph_capture(given)
-    assert m.decodes.max_seq_len == 4096 and given.seq_lens.tolist() == [
-        2,
-        2,
-    ]  # the runner's own buffer, refilled later
+    builder(2).build_for_cudagraph_capture(given)
+    assert given.seq_lens.tolist() == [2, 2]  # the runner's own buffer, refilled later
+
+
+@pytest.mark.parametrize("query_len", range(1, 9))
+@pytest.mark.parametrize("max_num_seqs", [1, 7, 12, 64, 256])
+def test_a_step_has_the_splits_of_the_graph_that_would_hold_it(max_num_seqs: int, query_len: int) -> None:
+    """The graphs are those that vLLM itself would capture and replay."""
+    graphs = vllm_graphs(max_num_seqs, query_len)
+    assert len(graphs) > 0.9 * min(max_num_seqs, 512 // query_len)
+    for num_reqs, of_graph in graphs.items():
+        assert graph_reqs(num_reqs, query_len) == graph_reqs(of_graph, query_len) >= of_graph
+        assert of_graph in (max_num_seqs, graph_reqs(num_reqs, query_len))
+
+
+def test_a_step_is_planned_for_the_longest_sequence_of_the_engine() -> None:
+    assert builder().build(0, batch([1, 1, 5], [9, 1, 5])).decodes.max_seq_len == 4096
+
+
+def vllm_graphs(max_num_seqs: int, query_len: int) -> dict[int, int]:
+    """Requests of a decode step -> requests of the graph that vLLM's own code finds for it, where it finds one."""
+    from vllm.config.compilation import CompilationConfig, CUDAGraphMode
+    from vllm.config.vllm import VllmConfig
+    from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+
+    mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(enforce_eager=False), speculative_config=None, performance_mode="balanced",
+        compilation_config=CompilationConfig(cudagraph_mode=mode), uniform_decode_query_len=query_len,
+        scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs, max_num_batched_tokens=8192),
+        cache_config=SimpleNamespace(use_kda_recoverssm=False),
+    )  # fmt: skip
+    VllmConfig._set_cudagraph_sizes(config)
+    manager: Any = object.__new__(CudaGraphManager)
+    vars(manager).update(
+        vllm_config=config, compilation_config=config.compilation_config, cudagraph_mode=mode, max_num_reqs=max_num_seqs,
+        decode_query_len=query_len, varlen_decode=False, ubatch_runner=None, lora_capture_cases=[0], _lora_dispatch_map={},
+        _candidates={}, _capture_descs={}, _graphs_captured=True,
+    )  # fmt: skip
+    manager._init_candidates()
+    found = {n: manager.dispatch(n, n * query_len, query_len, 0) for n in range(1, max_num_seqs + 1)}
+    return {n: desc.num_reqs for n, desc in found.items() if desc.cg_mode == CUDAGraphMode.FULL}
 
 
 def test_non_causal_batches_are_refused() -> None:

@@ -91,7 +91,7 @@ class KVSpliceMetadataBuilder(AttentionMetadataBuilder[KVSpliceMetadata]):
             num_decodes,
             decode_tokens,
             min(m.max_query_len, self._decode_query_len),
-            m.max_seq_len,
+            self.vllm_config.model_config.max_model_len,  # not the batch's: see triton_path.num_splits
             m.query_start_loc[: num_decodes + 1],
             m.seq_lens[:num_decodes],
             m.block_table_tensor[:num_decodes],
@@ -102,10 +102,9 @@ class KVSpliceMetadataBuilder(AttentionMetadataBuilder[KVSpliceMetadata]):
         return KVSpliceMetadata(m.num_actual_tokens, m.slot_mapping, decodes, prefills)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> KVSpliceMetadata:
-        """Capture over sequences that hold their own query only, with the split count that the longest would get."""
+        """Capture over sequences that hold their own query only."""
         metadata = self.build(0, common_attn_metadata)
         metadata.decodes.seq_lens.fill_(common_attn_metadata.max_query_len)  # read again when the graph is replayed
-        metadata.decodes.max_seq_len = self.vllm_config.model_config.max_model_len
         return metadata
 
 

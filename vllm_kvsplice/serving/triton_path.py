@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton import cdiv, next_power_of_2
 
 from kvsplice_kernels.attention import Workspace, choose_num_splits, paged_attention, workspace_shapes
 from kvsplice_kernels.cache_write import cache_write
@@ -148,9 +149,28 @@ def reserve(
 
 
 def num_splits(codec: LayerCodec, num_reqs: int, max_query_len: int, max_seq_len: int, device: torch.device) -> int:
-    """Splits of a decode step, for the launch that it gets."""
+    """Splits of a decode step, for the launch that it gets.
+
+    Sums are cut where keys are split, so a step that is not replayed from a CUDA graph is planned as one that is: for as many
+    requests as vLLM's graph would have, and, in metadata, for the longest sequence that the engine allows.
+    """
     found = launch_of(codec, max_query_len, device)
-    return choose_num_splits(num_reqs, codec.num_kv_heads, max_seq_len, multiprocessors(device), found)
+    padded = graph_reqs(num_reqs, max_query_len)
+    return choose_num_splits(padded, codec.num_kv_heads, max_seq_len, multiprocessors(device), found)
+
+
+def graph_reqs(num_reqs: int, query_len: int) -> int:
+    """Requests of the CUDA graph that vLLM replays for ``num_reqs`` of ``query_len`` tokens each, by the sizes that it captures
+    unless told otherwise: of a grid in requests, and of the same in tokens, rounded up to whole requests. Where it captures
+    its largest batch besides, both are planned alike: a count on the way to the next of a grid gets that one's plan."""
+    least = (num_reqs - 1) * query_len + 1  # tokens; a size from here on has room once it is rounded up
+    return min(_capture_size(num_reqs), cdiv(_capture_size(least), query_len))
+
+
+def _capture_size(count: int) -> int:
+    """1, 2, 4, 8, then by 8 to 256, then by 16: vLLM's VllmConfig._set_cudagraph_sizes."""
+    multiple = next_power_of_2(count) if count <= 8 else 8 if count <= 256 else 16
+    return cdiv(count, multiple) * multiple
 
 
 def launch_of(codec: LayerCodec, max_query_len: int, device: torch.device) -> Launch | None:

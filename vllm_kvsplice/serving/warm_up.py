@@ -67,9 +67,9 @@ def warm_up(
             empty = _empty_requests(1, LONG_STEP, LONG_STEP, device)
             attend_codes(codec, tensors, query, cache, empty, torch.empty_like(query), 1, skip)
 
-    def decode_step(num_reqs: int, query_len: int, max_seq_len: int) -> None:
+    def decode_step(num_reqs: int, query_len: int) -> None:
         query, written = rows(num_reqs * query_len)
-        empty = _empty_requests(num_reqs, query_len, max_seq_len, device)
+        empty = _empty_requests(num_reqs, query_len, limits.max_model_len, device)
         decode(codec, tensors, query, written, cache, empty, torch.empty_like(query))
 
     sizes = step_sizes(most, codec.num_heads, codec.num_kv_heads, D, *plans(codec, cache))
@@ -96,30 +96,28 @@ def _run_together(steps: list[Step], device: torch.device) -> None:
 
 def decode_steps(
     codec: LayerCodec, block_size: int, decode_query_len: int, limits: Limits, device: torch.device
-) -> list[tuple[int, int, int]]:
-    """(requests, query tokens of each, longest sequence) of few decode steps that meet every variant of every kernel."""
+) -> list[tuple[int, int]]:
+    """(requests, query tokens of each) of few decode steps that meet every variant of every kernel."""
     group, layout = codec.num_heads // codec.num_kv_heads, codec.layout
     both = plans_of(layout, block_size)
     rank_pad = max(16, 1 << (layout.rank("v") - 1).bit_length())
-    lengths = [limits.max_model_len >> i for i in range(limits.max_model_len.bit_length())]
     query_lens = sorted({min(1 << i, decode_query_len) for i in range(decode_query_len.bit_length() + 1)})
     seen: set[object] = set()
-    found: list[tuple[int, int, int]] = []
+    found: list[tuple[int, int]] = []
     for query_len, num_reqs in product(query_lens, range(1, limits.max_num_seqs + 1)):
         tokens = num_reqs * query_len
         if tokens > max(limits.max_num_batched_tokens, query_len):
             break
         project = query_tiles(tokens, group, layout.head_dim, layout.rank("k"))
         block_t = write_tiles(tokens, codec.num_kv_heads, layout.head_dim, both).block_t
-        for length in lengths:
-            splits = num_splits(codec, num_reqs, query_len, length, device)
-            tiles = reduce_tiles(tokens * codec.num_heads, group, query_len, layout.head_dim, rank_pad, splits)
-            write = "write", block_t, project.block_m, project.block_r
-            reduce = "reduce", query_len == 1, query_len <= tiles.tile_tokens, (splits - 1).bit_length(), tiles
-            variants = {write, ("decode", query_len), reduce}
-            if not variants <= seen:
-                seen |= variants
-                found.append((num_reqs, query_len, length))
+        splits = num_splits(codec, num_reqs, query_len, limits.max_model_len, device)
+        tiles = reduce_tiles(tokens * codec.num_heads, group, query_len, layout.head_dim, rank_pad, splits)
+        write = "write", block_t, project.block_m, project.block_r
+        reduce = "reduce", query_len == 1, query_len <= tiles.tile_tokens, (splits - 1).bit_length(), tiles
+        variants = {write, ("decode", query_len), reduce}
+        if not variants <= seen:
+            seen |= variants
+            found.append((num_reqs, query_len))
     return found
 
 
