@@ -105,6 +105,16 @@ def test_keys_with_a_mean_before_rope_leave_only_their_spread(turn):
     assert 0.8 < float(left.diagonal(dim1=1, dim2=2).mean()) < 1.05
 
 
+def test_a_mean_in_steps_is_that_of_the_tokens_around(turn):
+    bias = torch.randn(HEADS, DIM, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    exact = refined.turned(bias, LENGTH + 8, turn)
+    got = refined.turned(bias, LENGTH, turn, 16)  # the last step has 8 tokens of this length
+    assert got.shape == (HEADS, LENGTH, DIM)
+    for token in (0, 15, 16, LENGTH - 1):
+        start = token // 16 * 16
+        assert torch.allclose(got[:, token], exact[:, start : start + 16].mean(1))
+
+
 def test_a_share_of_the_pairs_keeps_those_that_turn_most(turn):
     bias = torch.zeros(1, DIM, dtype=torch.float64)
     bias[0, [0, 8]], bias[0, 7] = 1.0, 100.0  # pair 7 hardly turns in LENGTH tokens: one mean of all positions has it
@@ -137,5 +147,6 @@ def test_the_bundled_model_keeps_more_with_a_moving_mean():
     rows = result["studies"]["refinements"]["rows"]
     assert len(rows) == 3 * len(get_args(refined.Refinement)) - 1 and not result["left_out"]
     kld = {row["at"]["refinement"]: row["kld"]["mean"] for row in rows if row["at"]["tiers"] == "max"}
+    assert kld["moving mean"] < kld["moving mean, steps of 32"] < 0.85 * kld["as it is"]
     assert kld["moving mean"] < 0.75 * kld["as it is"] and kld["3 bits"] > 1.3 * kld["as it is"]
     assert kld["pairs, unmixed"] > kld["as it is"] and kld["learned"] < 1.2 * kld["as it is"]

@@ -8,7 +8,8 @@ nothing does, as RoPE-aware codecs have it (Palu, arXiv:2407.21118; KVQuant's or
 "learned": tiers are rotated by a matrix that is fitted to their own rounding errors (ITQ, Gong and Lazebnik, 2011; SpinQuant,
 arXiv:2405.16406) instead of Hadamard's.
 "moving mean": K's mean before RoPE, turned to each position, is subtracted as well as one mean of all positions: all of it,
-or its strongest quarter or eighth of RoPE's pairs. QKV-bias models have such a mean (KVQuant quantises K before RoPE instead).
+or its strongest quarter or eighth of RoPE's pairs; "steps of n": its mean over every n tokens, which a kernel would read at less cost.
+QKV-bias models have such a mean (KVQuant quantises K before RoPE instead).
 "3 bits": neighbouring 4- and 2-bit tiers give equally many dimensions to one of 3 bits.
 """
 
@@ -43,10 +44,19 @@ Refinement = Literal[
     "moving mean",
     "moving mean, 1/4",
     "moving mean, 1/8",
+    "moving mean, steps of 32",
+    "moving mean, steps of 64",
     "3 bits",
 ]
 ROWS = 8192  # of a head that a rotation is fitted to
-PAIRS = {"moving mean": 1.0, "moving mean, 1/4": 0.25, "moving mean, 1/8": 0.125}  # share of RoPE's pairs
+# Share of RoPE's pairs that a moving mean has, and tokens that share it.
+MOVING = {
+    "moving mean": (1.0, 1),
+    "moving mean, 1/4": (0.25, 1),
+    "moving mean, 1/8": (0.125, 1),
+    "moving mean, steps of 32": (1.0, 32),
+    "moving mean, steps of 64": (1.0, 64),
+}
 STEPS = 40  # of the fit; its best rotation is kept
 Turn = Callable[[Tensor, int], Tensor]  # (x [..., T, head_dim], direction 1 or -1): RoPE of positions 0 to T - 1
 
@@ -105,13 +115,14 @@ def _tiers(recipe: Recipe, side: Side, head_dim: int, refinement: Refinement) ->
 def _attach(setup: Setup, recipe: Recipe, refinement: Refinement) -> Attach:
     device, head_dim = setup.model.device, setup.geometry.head_dim
     tiers = {side: _tiers(recipe, side, head_dim, refinement) for side in SIDES}
-    turn = _rope(setup.model) if refinement in PAIRS else None
+    share, step = MOVING.get(refinement, (0.0, 1))
+    turn = _rope(setup.model) if share else None
     outputs = output_metrics(setup.model, {i: s.moments for i, s in setup.statistics.items()})
     found: dict[tuple[int, Side], Solution] = {}
     moving: dict[int, Tensor] = {}  # [H, head_dim], before RoPE
     for i, seen in setup.statistics.items():
         if turn is not None:
-            moving[i] = moving_mean(seen.vectors["k"].x, turn, PAIRS[refinement])
+            moving[i] = moving_mean(seen.vectors["k"].x, turn, share)
         for side in SIDES:
             aware = seen.moments.q_outer if side == "k" else outputs[i]
             chosen = _solution(seen, side, aware, tiers[side], recipe, refinement, turn, moving.get(i))
@@ -121,7 +132,7 @@ def _attach(setup: Setup, recipe: Recipe, refinement: Refinement) -> Attach:
         basis = found[layer_idx, side]
         mean = basis.mean[:, None]
         if turn is not None and side == "k":
-            mean = mean + turned(moving[layer_idx].float(), x.shape[2], turn)
+            mean = mean + turned(moving[layer_idx].float(), x.shape[2], turn, step)
         z = torch.einsum("bhtd,hrd->bhtr", x.float() - mean, basis.encode)
         return torch.einsum("bhtr,hdr->bhtd", read(z, tiers[side]), basis.decode) + mean
 
@@ -150,7 +161,7 @@ def _solution(
         gradient = pulled.gradient.flatten(0, 1).double()
         metric = torch.einsum("nhd,nhe->hde", gradient, gradient).cpu()
     if side == "k" and turn is not None and moving is not None:
-        mean, covariance = _what_stays(pulled.x, turn, moving)
+        mean, covariance = _what_stays(pulled.x, turn, moving, MOVING[refinement][1])
     if side == "k" and refinement.startswith("pairs"):
         covariance, metric = _within_pairs(covariance), _within_pairs(metric)
         equalise = "sigma" if refinement == "pairs, unmixed" else equalise
@@ -199,15 +210,17 @@ def moving_mean(k: Tensor, turn: Turn, share: float) -> Tensor:
     return mean * (energy >= least).repeat(1, 2)
 
 
-def turned(mean: Tensor, length: int, turn: Turn) -> Tensor:
-    """[H, d] at positions 0 to ``length`` - 1: [H, length, d]."""
-    return turn(mean[:, None].expand(-1, length, -1), 1)
+def turned(mean: Tensor, length: int, turn: Turn, step: int = 1) -> Tensor:
+    """[H, d] at positions 0 to ``length`` - 1, or the mean of the ``step`` positions that each is among: [H, length, d]."""
+    whole = -(-length // step) * step
+    found = turn(mean[:, None].expand(-1, whole, -1), 1)
+    return found.unflatten(1, (-1, step)).mean(2).repeat_interleave(step, 1)[:, :length]
 
 
-def _what_stays(k: Tensor, turn: Turn, moving: Tensor) -> tuple[Tensor, Tensor]:
+def _what_stays(k: Tensor, turn: Turn, moving: Tensor, step: int = 1) -> tuple[Tensor, Tensor]:
     """Mean [H, d] and covariance [H, d, d] of keys [n, T, H, d] without their moving mean."""
     keys = k.transpose(1, 2).double()
-    left = keys - turned(moving, keys.shape[2], turn)
+    left = keys - turned(moving, keys.shape[2], turn, step)
     mean = left.mean((0, 2))
     left = left - mean[:, None]
     return mean.cpu(), (torch.einsum("nhtd,nhte->hde", left, left) / (left.shape[0] * left.shape[2])).cpu()
