@@ -7,8 +7,6 @@ nothing is allocated and nothing waits for the GPU, so that a CUDA graph can hol
 
 from typing import NamedTuple
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -112,7 +110,6 @@ def paged_attention(
         wide_dtype,
         skip_first_chunks,
         launch,
-        _means(query, block_table, kv_cache.shape[2]),
     )
     reduce_expand(
         workspace.latent,
@@ -125,14 +122,3 @@ def paged_attention(
         max_query_len,
         skip_first_chunks,
     )
-
-
-_MEANS: dict[tuple[object, ...], Tensor] = {}
-
-
-def _means(query: Tensor, block_table: Tensor, block_size: int) -> Tensor | None:
-    """An experiment of speed: logits of a moving mean of K, zeros, one for each head and 64 tokens, if the environment asks."""
-    if os.environ.get("KVSPLICE_MEAN_LOGITS") != "1":
-        return None
-    shape = (*query.shape[:2], block_table.shape[1] * block_size // 64 + 1)
-    return _MEANS.setdefault((shape, query.device), torch.zeros(shape, device=query.device))

@@ -94,11 +94,10 @@ def _capped(x, factor, bias, soft_cap):
 
 @triton.jit
 def _attend(
-    mean_ptrs,
     q_ptrs, row_ok, q_position, bias, cache_ptr, table_ptr, latent_ptrs, lse_ptrs,
     stride_block, scale, soft_cap, first_token, end_token, tile, last_tile,
     BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, WIDE: tl.constexpr,
-    ONE_QUERY: tl.constexpr, K_PLAN: tl.constexpr, V_PLAN: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr, MEANS: tl.constexpr,
+    ONE_QUERY: tl.constexpr, K_PLAN: tl.constexpr, V_PLAN: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Attend the rows to the tokens [first_token, end_token) of the tiles [tile, last_tile) and store (latent, lse)."""
     parts, q_unit = load_query(q_ptrs, row_ok, K_PLAN)
@@ -117,20 +116,14 @@ def _attend(
     # Block ids are loaded two tiles ahead: the asynchronous copies of the next tile must know their pages.
     pages = _pages(cache_ptr, _load_blocks(table_ptr, tile, first_token, end_token, TILE, BLOCK_SIZE), stride_block)
     blocks = _load_blocks(table_ptr, tile + 1, first_token, end_token, TILE, BLOCK_SIZE)
-    mean = tl.zeros([N], tl.float32)
-    if MEANS:
-        mean = tl.load(mean_ptrs + tile * TILE // 64, mask=row_ok, other=0.0)
     for i in range(tile, last_tile):
-        now = mean
-        if MEANS:
-            mean = tl.load(mean_ptrs + (i + 1) * TILE // 64, mask=row_ok, other=0.0)
         page, pair_page = pages_of(pages, token), pages_of(pages, pair_token)
         pages = _pages(cache_ptr, blocks, stride_block)
         blocks = _load_blocks(table_ptr, i + 2, first_token, end_token, TILE, BLOCK_SIZE)
         position = i * TILE + token
         row = _row_of(position, BLOCK_SIZE)
         valid = (position >= first_token) & (position < end_token)
-        x = logits(now, q, q_sums, page, row, position, valid, q_position, ONE_QUERY, WINDOW, K_PLAN, WIDE)
+        x = logits(q, q_sums, page, row, position, valid, q_position, ONE_QUERY, WINDOW, K_PLAN, WIDE)
         if SOFT_CAP:
             x = _capped(x, step, bias * scale, soft_cap)
         codes = load_scales(page, row, V_PLAN)
@@ -167,7 +160,6 @@ def _attend(
     do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr", "query_start_loc_ptr"],
 )
 def decode_kernel(
-    mean_ptr,
     q_latent_ptr,  # [num_tokens, num_heads, K_RANK] fp32
     q_bias_ptr,  # [num_tokens, num_heads] fp32
     kv_cache_ptr,  # [num_blocks, num_kv_heads, BLOCK_SIZE, C] uint8
@@ -181,7 +173,7 @@ def decode_kernel(
     SKIP_FIRST_CHUNKS: tl.constexpr, ONE_TILE: tl.constexpr,
     K_RANK: tl.constexpr, K_PLAN: tl.constexpr,
     V_RANK: tl.constexpr, V_PLAN: tl.constexpr,
-    TILE_TOKENS: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr, MEANS: tl.constexpr, PDL: tl.constexpr,
+    TILE_TOKENS: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait(PDL)
     launch_dependents(PDL)
@@ -210,14 +202,13 @@ def decode_kernel(
         lse_ptrs = lse_ptr + row * num_splits + split
         if tile < last_tile:
             _attend(
-                mean_ptr + row * (stride_table * BLOCK_SIZE // 64 + 1),
                 q_latent_ptr + row * K_RANK, row_ok, q_position,
                 tl.load(q_bias_ptr + row, mask=row_ok, other=0.0),
                 kv_cache_ptr + kv_head.to(tl.int64) * stride_head,
                 block_table_ptr + request.to(tl.int64) * stride_table,
                 latent_ptr + (row * num_splits + split) * V_RANK, lse_ptrs,
                 stride_block, scale, soft_cap, first_token, end_token, tile, last_tile,
-                BLOCK_SIZE, WINDOW, SOFT_CAP, WIDE, TILE_TOKENS == 1, K_PLAN, V_PLAN, N, TILE, MEANS,
+                BLOCK_SIZE, WINDOW, SOFT_CAP, WIDE, TILE_TOKENS == 1, K_PLAN, V_PLAN, N, TILE,
             )  # fmt: skip
         else:
             tl.store(lse_ptrs, tl.full([N], float("-inf"), tl.float32), mask=row_ok)
@@ -248,7 +239,6 @@ def decode(
     wide_dtype: torch.dtype = torch.bfloat16,
     skip_first_chunks: bool = False,
     launch: Launch | None = None,
-    means: Tensor | None = None,
 ) -> None:
     """Causal attention on the codes, split over the keys, writing into ``latent`` and ``lse``.
 
@@ -284,11 +274,11 @@ def decode(
     tiles = num_query_tiles(T, num_reqs, max_query_len, tile_tokens)
     launch = launch or default_launch(columns, k_rank + v_rank, v_plan)
     decode_kernel[(tiles * num_splits, H)](
-        q_latent if means is None else means, q_latent, q_bias, kv_cache, block_table, seq_lens, query_start_loc, latent, lse,
+        q_latent, q_bias, kv_cache, block_table, seq_lens, query_start_loc, latent, lse,
         num_reqs, num_splits, block_table.stride(0), kv_cache.stride(0), kv_cache.stride(1), scale, soft_cap or 1.0,
         GROUP=num_heads // H, BLOCK_SIZE=block_size, WINDOW=sliding_window or 0, SOFT_CAP=bool(soft_cap),
         WIDE=wide_type(wide_dtype), SKIP_FIRST_CHUNKS=skip_first_chunks, ONE_TILE=max_query_len <= tile_tokens,
         K_RANK=k_rank, K_PLAN=k_plan, V_RANK=v_rank, V_PLAN=v_plan,
-        TILE_TOKENS=tile_tokens, N=columns, TILE=TILE, MEANS=means is not None,
+        TILE_TOKENS=tile_tokens, N=columns, TILE=TILE,
         **launch.options(), **pdl_options(q_latent.device),
     )  # fmt: skip

@@ -101,19 +101,20 @@ def _tier_logits(x, q, q_sum, page, row, valid, code, PLAN: tl.constexpr, t: tl.
 
 @triton.jit
 def logits(
-    mean, q, q_sums, page, row, position, valid, q_position,
+    q, q_sums, page, row, position, valid, q_position,
     ONE_QUERY: tl.constexpr, WINDOW: tl.constexpr, PLAN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """q.k^ of a tile [TILE, N] in steps of the query, -inf where a token is not seen."""
     codes = load_scales(page, row, PLAN)
     if ONE_QUERY:
-        x = tl.where(valid[:, None], mean[None, :], float("-inf"))
+        bias = tl.where(valid, 0.0, float("-inf"))
+        x = tl.broadcast_to(bias[:, None], [position.shape[0], q_position.shape[0]])
     else:
         distance = q_position[None, :] - position[:, None]
         seen = (distance >= 0) & valid[:, None]
         if WINDOW > 0:
             seen = seen & (distance < WINDOW)
-        x = tl.where(seen, mean[None, :], float("-inf"))
+        x = tl.where(seen, 0.0, float("-inf"))
     for t in tl.static_range(num_tiers(PLAN)):
         x = _tier_logits(x, q, q_sums[t], page, row, valid, codes[t], PLAN, t, WIDE)
     return x
