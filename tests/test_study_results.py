@@ -2,6 +2,7 @@
 """docs/studies.md: every row of its tables is what the files hold. Run as a script it prints the tables."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,33 @@ def test_refinements_are_summed_up_as_measured():
 
     for refinement in dict.fromkeys(r for found in klds for _, r in found if r != "as it is"):
         assert f"| {refinement} | {' | '.join(span(refinement))} |" in text
+
+
+@pytest.mark.parametrize(("file", "suffix"), [(REFINED[0], ""), (REFINED[1], "-d64")])
+def test_what_a_moving_mean_wins_and_costs_is_as_measured(file, suffix):
+    """KLD of steps of 64 tokens, the bytes that win as much, and the time of a decode that reads the mean's logits."""
+    rows = RESULTS[file]["studies"]["refinements"]["rows"]
+    found = {(r["at"]["tiers"], r["at"]["refinement"]): (r["kld"]["mean"], r["bytes_per_token_head"]["kv"]) for r in rows}
+    times = [
+        {
+            (r["preset"], r["batch"]): r["p50_us"]
+            for r in json.loads((ROOT / f"docs/results/kernels-mean-logits-{way}{suffix}-h200.json").read_text())["rows"]
+            if r["kernel"] == "kvsplice: decode"
+        }
+        for way in ("without", "with")
+    ]
+    cells = []
+    for preset, other in (("near_lossless", "balanced"), ("balanced", "near_lossless"), ("max", "balanced")):
+        kld, size = found[preset, "as it is"]
+        other_kld, other_size = found[other, "as it is"]
+        won = math.log(found[preset, "moving mean, steps of 64"][0] / kld)
+        worth = math.exp(won * math.log(other_size / size) / math.log(other_kld / kld)) - 1
+        slower = sorted(100 * (times[1][preset, batch] / times[0][preset, batch] - 1) for batch in (64, 16))
+        cells.append(f"{100 * math.expm1(won):+.0f} % | {100 * worth:.1f} % | {slower[0]:.1f} to {slower[1]:.1f} %")
+    head_dim = 64 if suffix else 128
+    text = (ROOT / "docs/studies.md").read_text()
+    for preset, cell in zip(("near_lossless", "balanced", "max"), cells, strict=True):
+        assert f"| {preset}, head_dim {head_dim} | {cell} |" in text
 
 
 def test_figures_in_sentences_are_what_was_measured():
