@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from hf_models import FAMILIES, save, tiny, tokens
+from safetensors import SafetensorError
 
 from vllm_kvsplice.calibration import moments
 from vllm_kvsplice.calibration.calibrate import CalibrateRequest, choose_seq_len, collect, run
+from vllm_kvsplice.calibration.calibrate import save as save_projector
 from vllm_kvsplice.calibration.hf_attention import load_model, transformed_kv
 from vllm_kvsplice.codec import reference
 from vllm_kvsplice.codec.layout import LatentLayout
@@ -177,6 +179,21 @@ def test_refusals(request_of, folder, changes, says):
     with pytest.raises(KVSpliceError, match=says) as caught:
         run(request)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence(request_of, tmp_path, monkeypatch):
+    """A full disk, say: safetensors has an error of its own, which is no OSError."""
+    projector = run(request_of("whole", preset="int8"))
+
+    def fails(path):
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("Error while serializing: no space left\non this device")
+
+    out = tmp_path / "p.safetensors"
+    monkeypatch.setattr(type(projector), "save", lambda self, path: fails(path))
+    with pytest.raises(KVSpliceError, match=r"p.safetensors cannot be written \(.*no space left\): give a path"):
+        save_projector(projector, out)
+    assert not list(tmp_path.iterdir())
 
 
 def test_numbers_that_are_not_finite_are_refused():

@@ -81,6 +81,17 @@ def test_a_projector_scores_as_kvsplice_eval_scores_it(folder, text_file, tmp_pa
     assert mine["baseline"]["ppl"] == pytest.approx(theirs["ppl"]["baseline"])
 
 
+def test_two_files_of_one_name_and_a_file_made_from_the_scored_text_are_refused(folder, text_file, tmp_path):
+    paths = [str(tmp_path / place / "p.safetensors") for place in "ab"]
+    for path, text in zip(paths, ([], ["--text", text_file]), strict=True):
+        assert cli.main(["calibrate", folder, "--out", path, "--samples", "2", "--seq-len", "60", *text]) == 0
+    with pytest.raises(KVSpliceError, match="would both be called file:p.safetensors: rename one"):
+        compare.run(request(folder, text_file, "bf16", projectors=paths))
+    assert [c.name for c in registry.choose(["bf16"], paths[:1] * 2)] == ["bf16", "file:p.safetensors"]
+    with pytest.raises(KVSpliceError, match="b/p.safetensors was calibrated on"):
+        compare.run(request(folder, text_file, "bf16", projectors=paths[1:]))
+
+
 def test_presets_without_text_are_the_same_for_every_sample(folder, text_file):
     result = compare.run(request(folder, text_file, "int8", "bf16"))
     (row,) = [row for row in result["codecs"] if row["name"] == "int8"]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hf_models import VOCAB, save, tiny, tokens
 
+from vllm_kvsplice.calibration import calibrate
 from vllm_kvsplice.codec import reference
 from vllm_kvsplice.codec.layout import LatentLayout
 from vllm_kvsplice.codec.projector import Basis, LayerProjector, Projector, build_metadata, default_layer
@@ -164,6 +165,16 @@ def test_projector_beside_the_weights_is_found_and_another_models_refused(folder
     projector_of(other, [(8, 16)], [(8, 16)]).save(path)
     with pytest.raises(KVSpliceError, match="another model"):
         evaluate.run(EvalRequest(folder, str(path), text_file))
+
+
+def test_a_projector_is_not_scored_on_the_text_that_it_was_calibrated_on(folder, text_file, tmp_path):
+    path = tmp_path / "p.safetensors"
+    calibrate.run(calibrate.CalibrateRequest(folder, str(path), text_file, samples=2, seq_len=20))
+    with pytest.raises(KVSpliceError, match=r"was calibrated on ferry.txt, the text to score: give another --text"):
+        evaluate.run(EvalRequest(folder, str(path), text_file, seq_len=20))
+    other = tmp_path / "other.txt"
+    other.write_text(Path(text_file).read_text() + "So it was told.")
+    assert evaluate.run(EvalRequest(folder, str(path), str(other), seq_len=20, windows=1))["windows"] == 1
 
 
 def test_builtin_text_to_score_on_shares_no_paragraph_with_the_one_to_calibrate_on():

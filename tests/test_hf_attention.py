@@ -149,6 +149,7 @@ def test_load_model(tmp_path):
         ((str(tmp_path / "missing"),), "no config.json"),
         (("no/such-model-anywhere",), "cannot be loaded"),
         ((folder, "tpu9"), "device 'tpu9' is not known"),
+        ((folder, "cuda:99"), "device 'cuda:99' cannot be used here"),
         ((folder, "cpu", "float8"), "dtype 'float8' is not known"),
     ]:
         with pytest.raises(KVSpliceError, match=says) as caught:

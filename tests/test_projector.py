@@ -106,9 +106,9 @@ def rewrite(good, path, change):
     return path
 
 
-def of_head_dim(meta, head_dim):
-    """Metadata fields of the same model but for its head_dim, digest and all."""
-    shape = ModelShape(**(meta["metadata"]["model"] | {"head_dim": head_dim}))
+def of_shape(meta, **fields):
+    """Metadata fields of the same model but for some of its shape, digest and all."""
+    shape = ModelShape(**(meta["metadata"]["model"] | fields))
     return {"model": shape.model_dump(), "model_digest": shape.digest}
 
 
@@ -124,7 +124,7 @@ CHANGES = {
     "inf mean": (set_value("layers.2.v.mean", float("inf")), "not finite"),
     "zero sigma": (set_value("layers.0.v.sigma", 0.0), "not positive"),
     "sigma that overflows": (set_value("layers.0.v.sigma", 1e-40), "cannot be scaled by"),
-    "another head_dim": (lambda t, m: m["metadata"].update(of_head_dim(m, 40)), "head_dim 40"),
+    "another head_dim": (lambda t, m: m["metadata"].update(of_shape(m, head_dim=40)), "head_dim 40"),
     "missing": (lambda t, m: t.pop("layers.2.k.mean"), "layers.2.k.mean' is missing"),
     "extra": (lambda t, m: t.update(evil=torch.zeros(1)), "'evil' is not expected"),
     "wrong shape": (lambda t, m: t.update({"layers.0.k.mean": torch.zeros(2, 31)}), r"\[2, 31\], expected F32 \[2, 32\]"),
@@ -135,6 +135,10 @@ CHANGES = {
     "absurd heads": (lambda t, m: m["metadata"]["model"].update(num_kv_heads=1 << 40), "digest"),
     "absurd layer": (lambda t, m: m["layouts"].update({"99999999": m["layouts"]["0"]}), "layer index"),
     "layer beyond the model": (lambda t, m: m["layouts"].update({"7": m["layouts"]["0"]}), "its model has 3"),
+    "absurd number of layers": (lambda t, m: m["metadata"].update(of_shape(m, num_hidden_layers=1 << 30)), "1073741824 layers"),
+    "escapes": (lambda t, m: m["metadata"].update(preset="near\x1b]0;x\x07"), "metadata preset: .* printable"),
+    "second line": (lambda t, m: m["metadata"].update(model_name="a\nmeasured quality: 0"), "metadata model_name"),
+    "long version": (lambda t, m: m["metadata"]["versions"].update(torch="2" * 501), "metadata versions.torch"),
     "no layers": (lambda t, m: m["layouts"].clear(), "its layers are"),
     "extra field": (lambda t, m: m["metadata"].update(hook="os.system"), "metadata hook"),
 }  # fmt: skip

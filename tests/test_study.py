@@ -326,6 +326,13 @@ def test_bad_requests_are_refused(tmp_path, capsys):
         assert says in capsys.readouterr().err
 
 
+def test_the_help_names_every_study(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["study", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ", ".join(s.name for s in studies.STUDIES) + "; with commas" in shown
+
+
 def test_modes_are_names_of_presets(tmp_path):
     assert {mode: load_preset(mode) for mode in MODES} == {
         "default": load_preset("near_lossless"),

@@ -108,11 +108,15 @@ def test_refinements_are_summed_up_as_measured():
 def test_what_a_moving_mean_wins_and_costs_is_as_measured(file, suffix):
     """KLD of steps of 64 tokens, the bytes that win as much, and the time of a decode that reads the mean's logits."""
     rows = RESULTS[file]["studies"]["refinements"]["rows"]
-    found = {(r["at"]["tiers"], r["at"]["refinement"]): (r["kld"]["mean"], r["bytes_per_token_head"]["kv"]) for r in rows}
+    found = {
+        (r["at"]["tiers"], r["at"]["refinement"]): (r["kld"]["mean"], r["bytes_per_token_head"]["kv"]) for r in rows
+    }
     times = [
         {
             (r["preset"], r["batch"]): r["p50_us"]
-            for r in json.loads((ROOT / f"docs/results/kernels-mean-logits-{way}{suffix}-h200.json").read_text())["rows"]
+            for r in json.loads((ROOT / f"docs/results/kernels-mean-logits-{way}{suffix}-h200.json").read_text())[
+                "rows"
+            ]
             if r["kernel"] == "kvsplice: decode"
         }
         for way in ("without", "with")

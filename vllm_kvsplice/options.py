@@ -47,7 +47,7 @@ def eval_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--projector",
         metavar="FILE",
-        help="projector file (default: what serving would pick: kvsplice.safetensors beside the weights, else calibration-free int8)",
+        help="projector file (default: what serving would pick: kvsplice/kvsplice.safetensors in the model's folder, else calibration-free int8)",
     )
     command.add_argument(
         "--text", metavar="FILE", help="UTF-8 text to score on (default: held-out part of the built-in English)"
@@ -58,7 +58,7 @@ def eval_options(command: argparse.ArgumentParser) -> None:
         help="hf: fast simulation by the same codec (default); vllm: two real engines, as served",
     )
     command.add_argument(
-        "--seq-len", type=int, metavar="N", help="tokens per window (default: 2048, or what the model holds)"
+        "--seq-len", type=int, metavar="N", help="tokens per window (default: 2048, or one less than the model holds)"
     )
     command.add_argument("--windows", type=int, metavar="N", help="windows scored (default: the whole text)")
     command.add_argument("--needle", type=int, metavar="N", help="retrieval samples (default: none)")
@@ -86,7 +86,12 @@ def compare_options(command: argparse.ArgumentParser) -> None:
     names = "names, families or .toml presets, with commas or repeated (default: all)"
     add("--codecs", action="extend", type=_words, metavar="LIST", help=names)
     add("--projector", dest="projectors", action="append", metavar="FILE", help="projector file to add, repeatable")
-    add("--seeds", type=int, metavar="N", help="calibrations, each on other windows (default: 3)")
+    add(
+        "--seeds",
+        type=int,
+        metavar="N",
+        help="calibrations, each on windows drawn anew, which overlap where the text is short (default: 3)",
+    )
     _scored(command)
 
 
@@ -97,7 +102,7 @@ def study_options(command: argparse.ArgumentParser) -> None:
     add(
         "--recipe", metavar="FILE", help="TOML file of options, see configs/recipes/; what is given here goes before it"
     )
-    names = "rank, bits, sides, nullspace, gamma, calibration, domain, seeds, joint, modes; with commas or repeated (default: all)"
+    names = "rank, bits, sides, nullspace, gamma, calibration, domain, seeds, joint, refinements, modes; with commas or repeated (default: all)"
     add("--study", dest="studies", action="extend", type=_words, metavar="LIST", help=names)
     scored = command.add_mutually_exclusive_group()
     scored.add_argument(
@@ -302,7 +307,7 @@ def _scored(command: argparse.ArgumentParser) -> None:
     text.add_argument("--calibration", metavar="FILE", help="UTF-8 text to calibrate on (default: built-in English)")
     text.add_argument("--dataset", choices=("wikitext2", "c4"), help="data set to calibrate on, through `datasets`")
     add("--samples", type=int, metavar="N", help="windows of text in a calibration (default: 32)")
-    add("--seq-len", type=int, metavar="N", help="tokens per window (default: 2048, or what the model holds)")
+    add("--seq-len", type=int, metavar="N", help="tokens per window (default: 2048, or one less than the model holds)")
     add("--windows", type=int, metavar="N", help="windows scored (default: the whole text)")
     add("--needle", type=int, metavar="N", help="retrieval samples (default: none)")
     add("--needle-len", type=int, metavar="L", help="tokens per retrieval sample (default: as --seq-len)")

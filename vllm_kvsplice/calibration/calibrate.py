@@ -18,6 +18,7 @@ import torch
 import transformers
 from rich.console import Console
 from rich.progress import track
+from safetensors import SafetensorError
 from torch import Tensor
 
 from vllm_kvsplice import __version__
@@ -67,8 +68,9 @@ def run(request: CalibrateRequest) -> Projector:
     out = Path(request.out)
     if out.is_dir():
         raise KVSpliceError(
-            f"--out {out} is a folder: give the path of the file to write, for example {out}/kvsplice.safetensors."
+            f"--out {out} is a folder: give the path of the file to write, for example {out}/kvsplice/kvsplice.safetensors."
         )
+    _check_out(out)
     _with_choices(load_preset(request.preset), request)  # what is wrong with these is told before the model loads
     text = load_text(request.text, request.dataset)
     model, tokenizer = load_model(request.model, request.device, request.dtype)
@@ -234,7 +236,17 @@ def save(projector: Projector, out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         projector.save(partial)
         os.replace(partial, out)
-    except OSError as error:
-        raise KVSpliceError(
-            f"--out {out} cannot be written ({error.strerror}): give a path that you may write to."
-        ) from None
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise _unwritable(out, getattr(error, "strerror", None) or str(error).splitlines()[0]) from None
+
+
+def _check_out(out: Path) -> None:
+    """Raise KVSpliceError, before the work rather than after it, if a file cannot be written."""
+    place = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not os.access(place, os.W_OK):
+        raise _unwritable(out, f"{place} is read-only for you")
+
+
+def _unwritable(out: Path, why: str) -> KVSpliceError:
+    return KVSpliceError(f"--out {out} cannot be written ({why}): give a path that you may write to.")

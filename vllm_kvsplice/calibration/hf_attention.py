@@ -197,9 +197,15 @@ def _device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
+        place = torch.device(device)
     except RuntimeError:
         raise KVSpliceError(f"device {device!r} is not known: expected auto, cpu, cuda or cuda:N.") from None
+    try:
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0].rstrip(".")
+        raise KVSpliceError(f"device {device!r} cannot be used here ({why}): pass --device auto or cpu.") from None
+    return place
 
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> str | torch.dtype:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_kvsplice.codec.bases import Equalise
+from vllm_kvsplice.codec.fingerprint import one_line
 from vllm_kvsplice.codec.layout import TIER_MULTIPLE, LatentLayout, Side
 from vllm_kvsplice.config_files import installed
 from vllm_kvsplice.errors import KVSpliceError
@@ -92,7 +93,9 @@ def load_preset(name_or_path: str) -> Recipe:
 
 def shown_preset(name_or_path: str) -> str:
     """What a projector file says that it was made by: a preset's own name, or the file's without its folder."""
-    return Path(name_or_path).stem if name_or_path.endswith(".toml") else MODES.get(name_or_path, name_or_path)
+    return (
+        one_line(Path(name_or_path).stem) if name_or_path.endswith(".toml") else MODES.get(name_or_path, name_or_path)
+    )
 
 
 def resolve(

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_kvsplice.codec.fingerprint import one_line
+from vllm_kvsplice.codec.projector import Calibration
 from vllm_kvsplice.errors import KVSpliceError
 
 MAX_CHARS = 32 << 20  # of one text; the rest of a longer file or data set is not read
@@ -62,7 +64,7 @@ def load_text(path: str | None = None, dataset: str | None = None, held_out: boo
     if dataset:
         return Text(dataset + (" (held out)" if held_out else ""), _dataset(dataset, held_out))
     if path:
-        return Text(Path(path).name, _file(Path(path)))
+        return Text(one_line(Path(path).name), _file(Path(path)))
     return Text(BUILTIN + (" (held out)" if held_out else ""), builtin_text(held_out))
 
 
@@ -199,4 +201,12 @@ def refuse_overlap(scored: Text, calibration: Text, option: str) -> None:
     if short in long:
         raise KVSpliceError(
             f"the scored text {scored.name} and the calibration text {calibration.name} overlap: give another {option} FILE."
+        )
+
+
+def refuse_own(scored: Text, calibration: Calibration | None, projector: str) -> None:
+    """Raise KVSpliceError if a projector file was calibrated on the text that it is to be scored on."""
+    if calibration is not None and calibration.text_sha256 == scored.sha256:
+        raise KVSpliceError(
+            f"{projector} was calibrated on {scored.name}, the text to score: give another --text FILE, or calibrate on another."
         )

@@ -1,13 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which model a projector belongs to: the part of a transformers config that shapes its keys and values."""
+"""Which model a projector belongs to: the part of a transformers config that shapes its keys and values, and names."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+MAX_NAME = 500  # characters
+
+
+def _check_line(text: str) -> str:
+    if len(text) > MAX_NAME or not text.isprintable():
+        raise ValueError(f"is not one line of at most {MAX_NAME} printable characters")
+    return text
+
+
+# A string of a file from outside that terminals and logs will show: no escapes, no second line.
+Line = Annotated[str, AfterValidator(_check_line)]
 
 
 class ModelShape(BaseModel):
@@ -15,7 +27,7 @@ class ModelShape(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model_type: str
+    model_type: Line
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int
@@ -52,4 +64,9 @@ def model_shape(config: Any) -> ModelShape:
 def shown_name(model: str) -> str:
     """A model's id, or its folder's own name: in a file that travels the folder's path is nobody's business."""
     folder = Path(model)
-    return folder.resolve().name if folder.is_dir() else model
+    return one_line(folder.resolve().name if folder.is_dir() else model)
+
+
+def one_line(name: str) -> str:
+    """A name as a ``Line``: what does not print is a question mark."""
+    return "".join(c if c.isprintable() else "?" for c in name)[:MAX_NAME]

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_kvsplice.codec.bases import hadamard
-from vllm_kvsplice.codec.fingerprint import ModelShape, model_shape
+from vllm_kvsplice.codec.fingerprint import Line, ModelShape, model_shape
 from vllm_kvsplice.codec.layout import SIDES, LatentLayout, Ratios, Side, Tier, ratios
 from vllm_kvsplice.errors import KVSpliceError
 
@@ -85,8 +85,8 @@ class Calibration(BaseModel):
     """What a projector was calibrated on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    text: str
-    text_sha256: str
+    text: Line
+    text_sha256: Line
     tokens: int
     samples: int
     seq_len: int
@@ -99,12 +99,12 @@ class Metadata(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     format: Literal["kvsplice/1"] = "kvsplice/1"
     model: ModelShape
-    model_digest: str
-    model_name: str = ""
-    preset: str
+    model_digest: Line
+    model_name: Line = ""
+    preset: Line
     recipe: dict[str, Any] = Field(default_factory=dict)
     calibration: Calibration | None = None
-    versions: dict[str, str] = Field(default_factory=dict)
+    versions: dict[Line, Line] = Field(default_factory=dict)
     quality: dict[str, Any] | None = None
 
 
@@ -243,6 +243,8 @@ def _check_tensors(path: Path, header: dict[str, Any], metadata: Metadata, layou
     model = metadata.model
     if metadata.model_digest != model.digest:
         raise _refusal(path, f"its model digest {metadata.model_digest[:20]!r} does not match its model fields")
+    if not (0 < model.num_hidden_layers <= MAX_LAYERS):
+        raise _refusal(path, f"{model.num_hidden_layers} layers is not between 1 and {MAX_LAYERS}")
     if not (0 < model.num_kv_heads <= MAX_KV_HEADS):
         raise _refusal(path, f"{model.num_kv_heads} KV heads is not between 1 and {MAX_KV_HEADS}")
     if any(layout.head_dim != model.head_dim for layout in layouts.values()):

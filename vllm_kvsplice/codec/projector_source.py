@@ -29,9 +29,9 @@ def for_engine(setting: str | None, model: str, revision: str | None, log: bool 
     if path is None:
         logger.log(
             level,
-            "kvsplice: no projector (no setting, no %s beside the weights): K and V are rotated int8, near lossless. For a "
+            "kvsplice: no projector (no setting, no %s in the model's folder): K and V are rotated int8, near lossless. For a "
             "smaller cache: `kvsplice calibrate %s --out FILE`, then --additional-config.kvsplice.projector FILE",
-            FILE_NAME,
+            PLACES[0],
             model,
         )
         return None

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_kvsplice.calibration.texts import Text, load_text, refuse_overlap, token_windows
+from vllm_kvsplice.calibration.texts import Text, load_text, refuse_overlap, refuse_own, token_windows
+from vllm_kvsplice.codec.projector import Projector
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.lab import registry
 from vllm_kvsplice.lab.codec import Codec, Geometry, Setup
@@ -55,6 +56,8 @@ def run(request: CompareRequest) -> dict[str, Any]:
     text = load_text(request.text, held_out=True)
     calibration = load_text(request.calibration, request.dataset)
     refuse_overlap(text, calibration, "--calibration")
+    for path in request.projectors:
+        refuse_own(text, Projector.load(path).metadata.calibration, path)
     loaded = load(request.model, request.device, request.dtype, request.seq_len)
     model, geometry = loaded.model, loaded.geometry
     codecs, left_out = _that_fit(codecs, geometry, refuse=bool(request.codecs))

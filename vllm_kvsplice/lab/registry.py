@@ -38,5 +38,12 @@ def choose(names: Sequence[str], projectors: Sequence[str] = ()) -> list[Codec]:
                 f"({', '.join(dict.fromkeys(c.family for c in known))}) or a .toml preset."
             )
         chosen += found
-    chosen += [ours.file_codec(path) for path in projectors]
+    files = {path: ours.file_codec(path) for path in dict.fromkeys(projectors)}
+    for path, codec in files.items():
+        other = next(p for p, c in files.items() if c.name == codec.name)
+        if other != path:
+            raise KVSpliceError(
+                f"--projector {other} and {path} would both be called {codec.name}: rename one of them."
+            )
+    chosen += files.values()
     return list({c.name: c for c in chosen}.values())

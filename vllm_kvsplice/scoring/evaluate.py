@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vllm_kvsplice.calibration.texts import load_text, special_prefix
+from vllm_kvsplice.calibration.texts import load_text, refuse_own, special_prefix
 from vllm_kvsplice.codec.fingerprint import model_shape
 from vllm_kvsplice.codec.projector import Projector
 from vllm_kvsplice.codec.projector_source import locate
@@ -60,6 +60,8 @@ def run(request: EvalRequest) -> dict[str, Any]:
         projector.verify(config)
     seq_len = choose_seq_len(config, request.seq_len)
     text = load_text(request.text, held_out=True)
+    if projector:
+        refuse_own(text, projector.metadata.calibration, str(path))
     ids = list(tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids)
     windows = cut_windows(ids, special_prefix(tokenizer), seq_len, request.windows)
     needles = _needles(request, tokenizer, ids, choose_seq_len(config, request.needle_len or seq_len))
