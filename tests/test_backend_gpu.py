@@ -200,6 +200,23 @@ def test_drafts_are_verified_as_greedy_decoding(run: dict[str, Any]) -> None:
         assert gap.mean() <= 0.05 and gap.max() <= 0.5, gap
 
 
+def test_a_draft_model_s_tokens_are_accepted(tmp_path: Path) -> None:
+    """The bundled model drafts for itself, so all its tokens are right but where its int8 codes and level logits say otherwise.
+
+    Prompts of 200 tokens, of which a draft that misses a key, or reads one too many, makes other keys and values.
+    """
+    from transformers import AutoTokenizer
+
+    model = Path(vllm_kvsplice.demo.__file__).parent / "model"
+    ids = AutoTokenizer.from_pretrained(model)(load_text(held_out=True).content)["input_ids"]
+    text = dict(prompts=[ids[i * 200 : (i + 1) * 200] for i in range(6)], params=dict(max_tokens=48))
+    drafts = dict(method="draft_model", model=str(model), num_speculative_tokens=3, attention_backend="KVSPLICE")
+    (served,), _ = serve([job(model, text, **GPU, **kvsplice(), speculative_config=drafts)], tmp_path)
+    assert served.error is None
+    drafted, accepted = (served.metrics[f"vllm:spec_decode_num_{n}_tokens"] for n in ("draft", "accepted"))
+    assert drafted >= 100 and accepted >= 0.9 * drafted, (drafted, accepted)
+
+
 def test_greedy_answers_are_those_without_graphs_and_those_of_the_simulation(tmp_path: Path) -> None:
     """The bundled model; graphs, prefix hits, chunks and drafts."""
     from transformers import AutoTokenizer

@@ -17,7 +17,9 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm_kvsplice.codec.layout import LatentLayout
 from vllm_kvsplice.codec.projector import Basis, LayerProjector, Projector, default_layer
 from vllm_kvsplice.errors import KVSpliceError
+from vllm_kvsplice.serving import startup
 from vllm_kvsplice.serving.attention_layer import (
+    LayerCodec,
     attach,
     bases_of,
     cell_bytes,
@@ -166,6 +168,34 @@ def test_without_host_lengths_no_row_counts_as_a_first_chunk() -> None:
     assert m.decodes.num_tokens == 0 and m.prefills is not None and m.prefills.first_chunk == [False, False]
 
 
+def test_rows_of_a_draft_go_by_lengths_on_the_device() -> None:
+    """A draft model's requests have a token more than the target's, in the lengths on the device alone."""
+    made = builder(4)
+    made.draft = True
+    host = torch.tensor([19, 29, 8], dtype=torch.int32)
+    m = made.build(0, batch([5, 5, 9], [20, 30, 9], seq_lens_cpu_upper_bound=host))
+    assert m.decodes.num_reqs == 2 and m.decodes.max_query_len == 5 and m.prefills is not None
+    assert m.prefills.seq_lens_cpu is None and m.prefills.first_chunk == [False]
+    assert m.prefills.seq_lens.tolist() == [9]
+
+
+def test_a_group_is_a_draft_s_where_all_its_layers_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def layer(draft: bool) -> Any:
+        codec = LayerCodec(A, 92, torch.bfloat16, 8, 2, 1.0, None, None, draft)
+        return SimpleNamespace(impl=SimpleNamespace(codec=codec))
+
+    layers = {"a": layer(False), "b": layer(True), "c": layer(True), "other": SimpleNamespace(impl=None)}
+    monkeypatch.setattr(startup, "attention_layers", lambda config: layers)
+    config: Any = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=16, max_num_batched_tokens=100),
+        model_config=SimpleNamespace(max_model_len=4096),
+    )
+    found = [startup.of_a_draft(config, names) for names in (["b", "c"], ["a", "b"], ["a"], ["b", "other"], [])]
+    assert found == [True, False, False, False, False]
+    limits = [startup.limits_of(config, draft).max_num_batched_tokens for draft in (False, True)]
+    assert limits == [100, 116]
+
+
 def test_capture_is_over_the_query_itself() -> None:
     given = batch([2, 2], [1, 1])
     builder(2).build_for_cudagraph_capture(given)
@@ -281,6 +311,23 @@ def test_a_layer_that_shares_a_cache_reads_it_with_its_target_s_projector(load: 
 def test_a_hybrid_model_gets_one_page_size_when_loaded(load: Any) -> None:
     layers = load({"layers.0.attn": FakeLayer(window=32), "layers.1.attn": FakeLayer()}, projector(A, B), {})
     assert {layer.attn_backend.bytes_per_token_head for layer in layers.values()} == {149}
+
+
+def test_a_reload_of_the_target_does_not_mind_the_layers_of_a_draft(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They came after its first load: their window would give its layers one page size, and the last of all layers is theirs."""
+    from vllm_kvsplice.codec import projector_source
+
+    layers = load({"layers.0.attn": FakeLayer(), "layers.1.attn": FakeLayer()}, projector(A, B), {})
+    target, read_anew = list(layers.values()), []
+    layers["draft_model.layers.0.attn"] = FakeLayer(window=32)
+    monkeypatch.setattr(projector_source, "forget", lambda: read_anew.append(1))
+    for layer in target:
+        layer.impl.process_weights_after_loading(torch.bfloat16)
+    assert [layer.attn_backend.bytes_per_token_head for layer in target] == [
+        A.bytes_per_token_head,
+        B.bytes_per_token_head,
+    ]
+    assert read_anew == [1]
 
 
 def test_another_layout_after_a_reload_is_refused(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:

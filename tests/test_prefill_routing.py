@@ -19,7 +19,8 @@ pytest.importorskip("vllm")
 
 from prefill_cases import attention, codec_of, num_bytes, requests_of
 
-from vllm_kvsplice.serving import cached_prefill, fallback_attention, triton_path
+from kvsplice_kernels.reduce_expand import reduce_tiles
+from vllm_kvsplice.serving import cached_prefill, fallback_attention, triton_path, warm_up
 from vllm_kvsplice.serving.attention_layer import Limits
 from vllm_kvsplice.serving.cached_prefill import START_MULTIPLE, cut, scratch_shapes, scratch_tokens
 from vllm_kvsplice.serving.metadata import Prefills
@@ -90,6 +91,51 @@ def test_few_rows_over_long_context_stay_latent() -> None:
     assert not chosen(64, 32768, group=1)
     assert chosen(8, 32768, copies=200)  # above the tokens that the latent kernel has scratch for
     assert not chosen(16, 100, copies=60)
+
+
+def test_few_rows_over_long_context_split_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_path, "multiprocessors", lambda device: 132)
+    device = torch.device("cpu")
+
+    def splits(query: int, context: int, copies: int = 1, heads: int = 4, known: bool = True) -> int:
+        starts = torch.arange(0, query * copies + 1, query, dtype=torch.int32)
+        lens = torch.full((copies,), query + context)
+        requests = Prefills(copies, query * copies, query, 10**6, starts, lens, starts[None], starts, [False] * copies,
+                            lens if known else None)  # fmt: skip
+        codec = codec_of(cases.Case(seq_lens=(1,), query_lens=(1,), num_kv_heads=heads, group=7))
+        return triton_path.prefill_splits(codec, requests, query * copies, device)
+
+    assert splits(8, 32768) == 32 and splits(36, 32768) == 8  # 1 and 5 tiles of 9 tokens
+    assert splits(8, 1000) == 1 and splits(8, 1100) == 8  # four tiles of keys or more in each
+    assert splits(8, 1000, known=False) == 32
+    assert splits(8, 32768, heads=64) == 1 and splits(8, 32768, copies=20) == 1  # the GPU is full without
+    assert splits(130, 32768) == 1  # more latents than scratch holds
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_every_variant_of_a_split_prefill_is_compiled_before_the_first_request(head_dim: int, heads: int) -> None:
+    """Over all steps that prefill_splits may cut: reduce_expand's variants are its split count and its tiles."""
+    codec = codec_of(
+        cases.Case(
+            seq_lens=(1,),
+            query_lens=(1,),
+            num_kv_heads=heads,
+            group=7,
+            head_dim=head_dim,
+            k=((8, head_dim),),
+            v=((8, head_dim),),
+        )
+    )
+
+    def variant(tokens: int, splits: int) -> Any:
+        tiles = reduce_tiles(tokens * codec.num_heads, 7, triton_path.LONG_STEP, head_dim, head_dim, splits)
+        return splits, tiles
+
+    compiled = {variant(*step) for step in warm_up.split_steps(codec, 8192)}
+    most = cached_prefill.LATENT_TOKENS
+    assert compiled == {variant(t, s) for s in triton_path.PREFILL_SPLITS for t in range(1, most // s + 1)}
+    assert len(warm_up.split_steps(codec, 8192)) <= 6
 
 
 class TestRouting:

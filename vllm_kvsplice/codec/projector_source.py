@@ -36,7 +36,10 @@ def for_engine(setting: str | None, model: str, revision: str | None, log: bool 
         )
         return None
     projector = Projector.load(path)
-    logger.log(level, "kvsplice: projector %s (preset %s)", path, projector.metadata.preset)
+    made = projector.metadata
+    logger.log(
+        level, "kvsplice: projector %s (preset %s, made for %s)", path, made.preset, made.model_name or "no name"
+    )
     return projector
 
 

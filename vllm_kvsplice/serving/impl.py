@@ -60,6 +60,8 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         self.exact_prefill = self.settings.prefill == "exact" and kv_sharing_target_layer_name is None
         self.path = _path()
         self.codec: LayerCodec | None = None
+        self.windows: set[int | None] = set()
+        self.loads_last = False
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Take this layer's part of the projector; again after a weight reload, with the same result."""
@@ -67,8 +69,9 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         attention_layer.check_kind(name, layer)
         model = self.vllm_config.model_config
         tp_rank, tp_size = tensor_parallel()
+        draft = is_draft(self.vllm_config, name)
         projector = None  # of a draft's layers, which the target's file does not know: int8
-        if not is_draft(self.vllm_config, name):
+        if not draft:
             projector = projector_source.for_engine(self.settings.projector, model.model, model.revision, tp_rank == 0)
         if projector is not None:
             projector.verify(model.hf_text_config)
@@ -76,18 +79,21 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         found = attention_layer.projector_layer(
             projector, self.kv_sharing_target_layer_name or name, self.head_size, self.num_kv_heads, heads
         )
-        layers = attention_layers(self.vllm_config)
-        windows = {getattr(other, "sliding_window", None) for other in layers.values()}
+        if self.codec is None:  # when weights are loaded again, layers of a draft are among these
+            layers = attention_layers(self.vllm_config)
+            self.windows = {getattr(other, "sliding_window", None) for other in layers.values()}
+            self.loads_last = name == next(reversed(layers))
         wide = layer.kv_cache_torch_dtype if layer.kv_cache_torch_dtype.itemsize == 2 else torch.bfloat16
         codec = LayerCodec(
             found.layout,
-            attention_layer.cell_bytes(found.layout, projector, windows),
+            attention_layer.cell_bytes(found.layout, projector, self.windows),
             wide,
             self.num_heads,
             self.num_kv_heads,
             self.scale,
             self.sliding_window,
             self.soft_cap,
+            draft,
         )
         if self.codec is not None and self.codec != codec:
             raise KVSpliceError(
@@ -97,7 +103,7 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         attention_layer.attach(layer, found, layer._k_scale.device)
         layer.attn_backend = attention_layer.backend_with_bytes(layer.attn_backend, self.codec.bytes_per_token_head)
         startup.reserve(self.vllm_config, self.path, self.codec, layer._k_scale.device)
-        if name == next(reversed(layers)):  # the last layer has taken its part; a reload reads the file anew
+        if self.loads_last:  # the last layer has taken its part; a reload reads the file anew
             projector_source.forget()
 
     def warm_up(

@@ -31,26 +31,40 @@ def reserve(vllm_config: VllmConfig, path: ModuleType, codec: LayerCodec, device
     """Grow vLLM's workspace to the most a step can ask for, before vLLM measures how much memory is left for the cache."""
     if device.type != "cuda":
         return
-    scheduler = vllm_config.scheduler_config
+    limits = limits_of(vllm_config, codec.draft)
     path.reserve(
         codec,
-        scheduler.max_num_seqs,
-        decode_query_len(vllm_config),
-        scheduler.max_num_batched_tokens,
-        vllm_config.model_config.max_model_len,
+        limits.max_num_seqs,
+        decode_query_len(vllm_config) + codec.draft,
+        limits.max_num_batched_tokens,
+        limits.max_model_len,
         device,
     )
+
+
+def limits_of(vllm_config: VllmConfig, draft: bool) -> Limits:
+    """The most that a step can hold. vLLM gives every request of a draft model one query token more than it has."""
+    scheduler = vllm_config.scheduler_config
+    more = scheduler.max_num_seqs if draft else 0
+    tokens = scheduler.max_num_batched_tokens + more
+    return Limits(scheduler.max_num_seqs, tokens, vllm_config.model_config.max_model_len)
+
+
+def of_a_draft(vllm_config: VllmConfig, layer_names: list[str]) -> bool:
+    """Whether a group of layers is a speculative draft's."""
+    layers = attention_layers(vllm_config)
+    codecs = [_codec(layers.get(name)) for name in layer_names]
+    return bool(codecs) and all(isinstance(codec, LayerCodec) and codec.draft for codec in codecs)
 
 
 def prepare(vllm_config: VllmConfig, layer_names: list[str], block_size: int, device: torch.device) -> None:
     """Before the first step of a group of layers: scratch again, where vLLM has a workspace only by now, and kernels."""
     layers = attention_layers(vllm_config)
     if device.type == "cuda":
-        scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
-        limits = Limits(scheduler.max_num_seqs, scheduler.max_num_batched_tokens, model.max_model_len)
         for codec, impl in {_codec(layers[name]): layers[name].impl for name in layer_names}.items():
             reserve(vllm_config, impl.path, codec, device)
-            impl.warm_up(block_size, model.dtype, device, decode_query_len(vllm_config), limits)
+            limits, query_len = limits_of(vllm_config, codec.draft), decode_query_len(vllm_config) + codec.draft
+            impl.warm_up(block_size, vllm_config.model_config.dtype, device, query_len, limits)
     _announce(layers, layer_names)
 
 

@@ -16,8 +16,10 @@ from triton import cdiv, next_power_of_2
 
 from kvsplice_kernels.attention import Workspace, choose_num_splits, paged_attention, workspace_shapes
 from kvsplice_kernels.cache_write import cache_write
+from kvsplice_kernels.decode import TILE, query_tile
 from kvsplice_kernels.encode import Prepared
 from kvsplice_kernels.launch import Launch
+from kvsplice_kernels.query_tiles import num_query_tiles
 from kvsplice_kernels.write_and_project import write_and_project
 from vllm_kvsplice.codec.layout import LatentLayout
 from vllm_kvsplice.launch import tuned
@@ -28,6 +30,7 @@ from vllm_kvsplice.serving.refusals import FLASH_HEAD_DIM
 from vllm_kvsplice.serving.vllm_compat import flash_attention, workspace
 
 LONG_STEP = 1024  # tokens: past the sizes at which the launchers change their tiles
+PREFILL_SPLITS = (32, 8)  # of the keys, of few prefill tokens: each is variants of reduce_expand to compile
 Shapes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 Written = tuple[Tensor, Tensor, Tensor]  # key and value [>= T, H, head_dim], slot_mapping [T]
 
@@ -104,7 +107,20 @@ def prefill(
         fresh_attention(codec, query, *fresh, requests, out)
     # As an upper bound: with the true one every short tail of a prompt would be a kernel variant of its own.
     longest = max(requests.max_query_len, LONG_STEP)
-    attend_codes(codec, tensors, query, kv_cache, requests, out, 1, skip_first_chunks=first, max_query_len=longest)
+    splits = prefill_splits(codec, requests, query.shape[0], query.device)
+    attend_codes(codec, tensors, query, kv_cache, requests, out, splits, skip_first_chunks=first, max_query_len=longest)
+
+
+def prefill_splits(codec: LayerCodec, requests: Prefills, num_tokens: int, device: torch.device) -> int:
+    """Splits of the keys where few query tokens, the end of a prompt that is cached, would leave the GPU empty: as many as
+    two programs a multiprocessor, each with four tiles of keys or more, and the scratch of a longer step allow."""
+    tile_tokens, _ = query_tile(codec.num_heads // codec.num_kv_heads, LONG_STEP)
+    tiles = num_query_tiles(num_tokens, requests.num_reqs, LONG_STEP, tile_tokens)
+    known = requests.seq_lens_cpu
+    longest = requests.max_seq_len if known is None else int(known.max())
+    programs = 2 * multiprocessors(device) // (tiles * codec.num_kv_heads)
+    most = min(programs, longest // (4 * TILE), cached_prefill.LATENT_TOKENS // num_tokens)
+    return next((splits for splits in PREFILL_SPLITS if splits <= most), 1)
 
 
 def fresh_attention(
@@ -139,6 +155,7 @@ def reserve(
     """Let vLLM's workspace grow now to the most that any step will ask for; it is locked once graphs are captured."""
     expands = flash_attends(codec.layout.head_dim, codec.soft_cap) and codec.layout.head_dim <= FLASH_HEAD_DIM
     wanted = [_shapes(codec, most_latent_tokens(codec, max_tokens), 1)]
+    wanted += [_shapes(codec, min(max_tokens, cached_prefill.LATENT_TOKENS // n), n) for n in PREFILL_SPLITS]
     if expands:
         limits = Limits(max_num_seqs, max_tokens, max_seq_len)
         wanted.append(cached_prefill.scratch_shapes(codec, limits, codec.wide_dtype))
@@ -181,7 +198,7 @@ def launch_of(codec: LayerCodec, max_query_len: int, device: torch.device) -> La
 def most_latent_tokens(codec: LayerCodec, max_tokens: int) -> int:
     """Prefill tokens of a step that the latent kernel may be given."""
     expands = flash_attends(codec.layout.head_dim, codec.soft_cap) and codec.layout.head_dim <= FLASH_HEAD_DIM
-    return min(max_tokens, cached_prefill.LATENT_TOKENS) if expands else max_tokens
+    return min(max_tokens, cached_prefill.LATENT_TOKENS) if expands and not codec.draft else max_tokens
 
 
 def plans(codec: LayerCodec, kv_cache: Tensor) -> tuple[Any, Any]:

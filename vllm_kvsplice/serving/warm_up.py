@@ -22,10 +22,12 @@ from kvsplice_kernels.reduce_expand import reduce_tiles
 from kvsplice_kernels.write_and_project import step_sizes
 from vllm_kvsplice.serving import cached_prefill
 from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits
+from vllm_kvsplice.serving.cached_prefill import LATENT_TOKENS
 from vllm_kvsplice.serving.metadata import Requests
 from vllm_kvsplice.serving.refusals import FLASH_HEAD_DIM
 from vllm_kvsplice.serving.triton_path import (
     LONG_STEP,
+    PREFILL_SPLITS,
     Tensors,
     Written,
     attend_codes,
@@ -63,9 +65,14 @@ def warm_up(
     def long_step(tokens: int) -> None:
         query, (key, value, slots) = rows(tokens)
         write(codec, tensors, key, value, cache, slots)
-        for skip in (False, True) if tokens <= most_latent_tokens(codec, most) else ():
+        if tokens <= most_latent_tokens(codec, most):
+            latent_step(tokens, 1)
+
+    def latent_step(tokens: int, splits: int) -> None:
+        query, _ = rows(tokens)
+        for skip in (False, True):
             empty = _empty_requests(1, LONG_STEP, LONG_STEP, device)
-            attend_codes(codec, tensors, query, cache, empty, torch.empty_like(query), 1, skip)
+            attend_codes(codec, tensors, query, cache, empty, torch.empty_like(query), splits, skip)
 
     def decode_step(num_reqs: int, query_len: int) -> None:
         query, written = rows(num_reqs * query_len)
@@ -74,6 +81,7 @@ def warm_up(
 
     sizes = step_sizes(most, codec.num_heads, codec.num_kv_heads, D, *plans(codec, cache))
     steps += [partial(long_step, tokens) for tokens in sizes]
+    steps += [partial(latent_step, *s) for s in split_steps(codec, most)]
     steps += [partial(decode_step, *s) for s in decode_steps(codec, block_size, decode_query_len, limits, device)]
     _run_together(steps, device)
 
@@ -119,6 +127,18 @@ def decode_steps(
             seen |= variants
             found.append((num_reqs, query_len))
     return found
+
+
+def split_steps(codec: LayerCodec, max_tokens: int) -> list[tuple[int, int]]:
+    """(tokens, splits) of few steps that meet every variant of reduce_expand that ``triton_path.prefill_splits`` can ask for."""
+    group, layout = codec.num_heads // codec.num_kv_heads, codec.layout
+    rank_pad = max(16, 1 << (layout.rank("v") - 1).bit_length())
+    found: dict[object, tuple[int, int]] = {}
+    for splits in PREFILL_SPLITS:
+        for tokens in range(1, min(LATENT_TOKENS // splits, max_tokens) + 1):
+            tiles = reduce_tiles(tokens * codec.num_heads, group, LONG_STEP, layout.head_dim, rank_pad, splits)
+            found.setdefault((splits, tiles), (tokens, splits))
+    return list(found.values())
 
 
 def _empty_requests(num_reqs: int, max_query_len: int, max_seq_len: int, device: torch.device) -> Requests:
