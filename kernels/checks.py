@@ -53,3 +53,8 @@ def wide_type(wide_dtype: torch.dtype) -> tl.dtype:
     if wide_dtype not in WIDE:
         raise ValueError(f"wide_dtype: expected bfloat16 or float16, got {wide_dtype}")
     return WIDE[wide_dtype]
+
+
+def next_power_of_2(n: int) -> int:
+    """Of n >= 1, as Triton's, which takes the host some microseconds for each call."""
+    return 1 << (n - 1).bit_length()

@@ -29,7 +29,7 @@ from kvsplice_kernels.accumulate import (
     store_latent,
     weights_of,
 )
-from kvsplice_kernels.checks import check_cache, check_dense, wide_type
+from kvsplice_kernels.checks import check_cache, check_dense, next_power_of_2, wide_type
 from kvsplice_kernels.launch import Launch, default_launch
 from kvsplice_kernels.logits import Q_STEP, cast_query, load_query, logits
 from kvsplice_kernels.operands import SUB, load_scales, pages_of
@@ -217,8 +217,8 @@ def decode_kernel(
 # ---------------------------------------------------------------- launcher
 def query_tile(group: int, max_query_len: int) -> tuple[int, int]:
     """(query tokens of a tile, columns of its dots): as many tokens as fill 64 columns, no more than a request has."""
-    tokens = min(triton.next_power_of_2(max_query_len), max(1, 64 // group))  # few variants to compile
-    return tokens, max(8, triton.next_power_of_2(tokens * group))
+    tokens = min(next_power_of_2(max_query_len), max(1, 64 // group))  # few variants to compile
+    return tokens, max(8, next_power_of_2(tokens * group))
 
 
 def decode(

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvsplice_kernels.checks import check_cache, check_dense, check_floats, wide_type
+from kvsplice_kernels.checks import check_cache, check_dense, check_floats, next_power_of_2, wide_type
 from kvsplice_kernels.packing import (
     dot,
     floor_power_of_two,
@@ -284,8 +284,8 @@ def expand_cached(
     exact = out.dtype != torch.bfloat16
     split = exact or (plan[0][0] == 16 and wide_dtype == torch.bfloat16)
     # Wide blocks read the codes less often; D stays within 32 KiB of shared memory, and its rows within the registers.
-    block_d = min(128 if rank * (1 + split) <= 128 else 64, max(16, triton.next_power_of_2(head_dim)))
-    d_blocks = triton.cdiv(head_dim, block_d)
+    block_d = min(128 if rank * (1 + split) <= 128 else 64, max(16, next_power_of_2(head_dim)))
+    d_blocks = -(-head_dim // block_d)
     tiles = RUNS[out.shape[0] * H >= LONG_ROWS]
     grid = (num_query_tiles(out.shape[0], num_reqs, out.shape[0], BLOCK_M * tiles), H * d_blocks)
     ranged = starts is not None
@@ -369,6 +369,6 @@ def copy_fresh(
     grid = (num_query_tiles(num_tokens, num_reqs, num_tokens, BLOCK_M), H)
     copy_fresh_kernel[grid](
         key, value, query_start_loc, seq_lens, cu_seqlens, key_out, value_out, *key.stride()[:2], *value.stride()[:2],
-        *key_out.stride()[:2], num_reqs, HEAD_DIM=head_dim, TILE=BLOCK_M, BLOCK_D=triton.next_power_of_2(head_dim),
+        *key_out.stride()[:2], num_reqs, HEAD_DIM=head_dim, TILE=BLOCK_M, BLOCK_D=next_power_of_2(head_dim),
         num_warps=4,
     )  # fmt: skip

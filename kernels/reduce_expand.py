@@ -5,6 +5,7 @@ In: (latent, lse) of decode, V's basis as encode.Prepared holds it. Out: the att
 reference.merge_splits, expand. The basis is loaded while decode still runs, where programmatic dependent launch is.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvsplice_kernels.checks import check_dense, check_floats
+from kvsplice_kernels.checks import check_dense, check_floats, next_power_of_2
 from kvsplice_kernels.latents import add_product
 from kvsplice_kernels.packing import to_float
 from kvsplice_kernels.pdl import pdl_options, wait
@@ -198,18 +199,18 @@ def reduce_expand(
     check_floats("out", out[:T], (T, num_heads, head_dim))
     if T == 0 or num_reqs == 0:
         return
-    group, rank_pad = num_heads // H, max(16, triton.next_power_of_2(rank))
+    group, rank_pad = num_heads // H, max(16, next_power_of_2(rank))
     cut = reduce_tiles(T * num_heads, group, max_query_len, head_dim, rank_pad, num_splits)
     if max_query_len == 1:
-        tiles = triton.cdiv(num_reqs, cut.tile_tokens)
+        tiles = -(-num_reqs // cut.tile_tokens)
     else:
         tiles = num_query_tiles(T, num_reqs, max_query_len, cut.tile_tokens)
-    reduce_expand_kernel[(tiles, num_heads // cut.heads, triton.cdiv(head_dim, cut.block_d))](
+    reduce_expand_kernel[(tiles, num_heads // cut.heads, -(-head_dim // cut.block_d))](
         latent, lse, v_decode, v_mean, seq_lens, query_start_loc, out,
         num_reqs, num_splits, out.stride(0), out.stride(1),
         GROUP=group, HEADS=cut.heads, HEAD_DIM=head_dim, RANK=rank, RANK_PAD=rank_pad,
         SKIP_FIRST_CHUNKS=skip_first_chunks, ONE_TILE=max_query_len <= cut.tile_tokens,
-        ONE_QUERY=max_query_len == 1, TILE_TOKENS=cut.tile_tokens, M=cut.rows, BLOCK_D=cut.block_d, SPLITS_PAD=triton.next_power_of_2(num_splits), AT_ONCE=cut.at_once,
+        ONE_QUERY=max_query_len == 1, TILE_TOKENS=cut.tile_tokens, M=cut.rows, BLOCK_D=cut.block_d, SPLITS_PAD=next_power_of_2(num_splits), AT_ONCE=cut.at_once,
         num_warps=cut.num_warps, num_stages=1, **pdl_options(latent.device),
     )  # fmt: skip
 
@@ -225,6 +226,7 @@ class ReduceTiles(NamedTuple):
     num_warps: int
 
 
+@lru_cache(maxsize=4096)
 def reduce_tiles(
     total_rows: int, group: int, max_query_len: int, head_dim: int, rank_pad: int, num_splits: int
 ) -> ReduceTiles:
@@ -233,7 +235,7 @@ def reduce_tiles(
     One row a program for few rows, with as many splits in flight as registers hold; else the rows of one dot, more of
     them where there is nothing to merge.
     """
-    splits, widest = triton.next_power_of_2(num_splits), max(16, triton.next_power_of_2(head_dim))
+    splits, widest = next_power_of_2(num_splits), max(16, next_power_of_2(head_dim))
     narrow, wide = (min(widest, max(16, d * 128 // rank_pad)) for d in (64, 128))
     if total_rows <= FEW_ROWS:
         few = total_rows <= FEW_ROWS // 4  # less than one program of 8 warps for each multiprocessor
@@ -242,7 +244,7 @@ def reduce_tiles(
     merges = num_splits > 1
     tokens = max(1, (16 if merges else 32) // group)  # of different requests, if each has one
     if max_query_len > 1:
-        tokens = min(triton.next_power_of_2(max_query_len), tokens)
-    rows = max(16, triton.next_power_of_2(tokens * group))
+        tokens = min(next_power_of_2(max_query_len), tokens)
+    rows = max(16, next_power_of_2(tokens * group))
     at_once = max(1, min(splits, 8 * 128 // rank_pad))
     return ReduceTiles(group, tokens, rows, narrow if merges else wide, at_once, 8 if merges or rank_pad > 128 else 4)

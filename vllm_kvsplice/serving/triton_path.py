@@ -176,6 +176,7 @@ def num_splits(codec: LayerCodec, num_reqs: int, max_query_len: int, max_seq_len
     return choose_num_splits(padded, codec.num_kv_heads, max_seq_len, multiprocessors(device), found)
 
 
+@lru_cache(maxsize=4096)
 def graph_reqs(num_reqs: int, query_len: int) -> int:
     """Requests of the CUDA graph that vLLM replays for ``num_reqs`` of ``query_len`` tokens each, by the sizes that it captures
     unless told otherwise: of a grid in requests, and of the same in tokens, rounded up to whole requests. Where it captures
