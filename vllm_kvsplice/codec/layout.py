@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from vllm_kvsplice.errors import KVSpliceError
@@ -139,20 +140,7 @@ class LatentLayout:
 
     def plan(self, side: Side, block_size: int) -> tuple[TierPlan, ...]:
         """The stored tiers of a side with their byte offsets in a page of ``block_size`` tokens."""
-        _check_block_size(block_size)
-        stored = [t for t in self.tiers(side) if t.bits]
-        offset = 0 if side == "k" else block_size * self.side_bytes("k")
-        code_offsets = []
-        for tier in stored:
-            code_offsets.append(offset)
-            offset += block_size * tier.code_bytes
-        plans, start = [], 0
-        for tier, codes in zip(stored, code_offsets, strict=True):
-            scale = offset if tier.scale_bytes else -1
-            plans.append(TierPlan(tier.bits, tier.dims, start, codes, scale, block_size, side == "v"))
-            offset += block_size * tier.scale_bytes
-            start += tier.dims
-        return tuple(plans)
+        return _plan(self, side, block_size)
 
     def to_json(self) -> dict[str, object]:
         """Plain JSON form; ``from_json`` reads it back."""
@@ -176,6 +164,25 @@ class LatentLayout:
 
     def __str__(self) -> str:
         return " ".join(f"{s.upper()} " + "+".join(f"{t.dims}x{t.bits}" for t in self.tiers(s)) for s in ("k", "v"))
+
+
+@lru_cache(maxsize=1024)
+def _plan(layout: LatentLayout, side: Side, block_size: int) -> tuple[TierPlan, ...]:
+    """Cached: every layer asks in every step that no CUDA graph replays."""
+    _check_block_size(block_size)
+    stored = [t for t in layout.tiers(side) if t.bits]
+    offset = 0 if side == "k" else block_size * layout.side_bytes("k")
+    code_offsets = []
+    for tier in stored:
+        code_offsets.append(offset)
+        offset += block_size * tier.code_bytes
+    plans, start = [], 0
+    for tier, codes in zip(stored, code_offsets, strict=True):
+        scale = offset if tier.scale_bytes else -1
+        plans.append(TierPlan(tier.bits, tier.dims, start, codes, scale, block_size, side == "v"))
+        offset += block_size * tier.scale_bytes
+        start += tier.dims
+    return tuple(plans)
 
 
 def dense_bytes(head_dim: int, dtype_bytes: int = 2) -> int:

@@ -21,7 +21,6 @@ from kvsplice_kernels.encode import Prepared
 from kvsplice_kernels.launch import Launch
 from kvsplice_kernels.query_tiles import num_query_tiles
 from kvsplice_kernels.write_and_project import write_and_project
-from vllm_kvsplice.codec.layout import LatentLayout
 from vllm_kvsplice.launch import tuned
 from vllm_kvsplice.serving import cached_prefill, fallback_attention
 from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits, bases_of, prepared_of
@@ -203,13 +202,8 @@ def most_latent_tokens(codec: LayerCodec, max_tokens: int) -> int:
 
 
 def plans(codec: LayerCodec, kv_cache: Tensor) -> tuple[Any, Any]:
-    return plans_of(codec.layout, kv_cache.shape[2])
-
-
-@lru_cache(maxsize=256)
-def plans_of(layout: LatentLayout, block_size: int) -> tuple[Any, Any]:
-    """Cached: every layer asks for them in every step that no CUDA graph replays."""
-    return layout.plan("k", block_size), layout.plan("v", block_size)
+    block_size = kv_cache.shape[2]
+    return codec.layout.plan("k", block_size), codec.layout.plan("v", block_size)
 
 
 def attend_codes(

@@ -36,7 +36,6 @@ from vllm_kvsplice.serving.triton_path import (
     most_latent_tokens,
     num_splits,
     plans,
-    plans_of,
     write,
 )
 
@@ -107,7 +106,7 @@ def decode_steps(
 ) -> list[tuple[int, int]]:
     """(requests, query tokens of each) of few decode steps that meet every variant of every kernel."""
     group, layout = codec.num_heads // codec.num_kv_heads, codec.layout
-    both = plans_of(layout, block_size)
+    both = layout.plan("k", block_size), layout.plan("v", block_size)
     rank_pad = max(16, 1 << (layout.rank("v") - 1).bit_length())
     query_lens = sorted({min(1 << i, decode_query_len) for i in range(decode_query_len.bit_length() + 1)})
     seen: set[object] = set()
