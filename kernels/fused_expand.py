@@ -118,11 +118,11 @@ def _fused_expand(codes: Tensor, scale: Tensor, decode: Tensor, mean: Tensor, ou
     check_floats("out", out, (M, H, head_dim))
     if M == 0:
         return
-    block_d = min(128, max(16, triton.next_power_of_2(head_dim)))
-    fused_expand_kernel[(triton.cdiv(M, BLOCK_M), H, triton.cdiv(head_dim, block_d))](
+    block_d = min(128, max(16, next_power_of_2(head_dim)))
+    fused_expand_kernel[(-(-M // BLOCK_M), H, -(-head_dim // block_d))](
         codes, scale, decode, mean, out, M, out.stride(0), out.stride(1),
         HEAD_DIM=head_dim, RANK=rank, NBITS=bits, PRECISION=_precision(out),
-        BLOCK_M=BLOCK_M, BLOCK_D=block_d, BLOCK_R=min(32, max(16, triton.next_power_of_2(row))), num_warps=4, num_stages=2,
+        BLOCK_M=BLOCK_M, BLOCK_D=block_d, BLOCK_R=min(32, max(16, next_power_of_2(row))), num_warps=4, num_stages=2,
     )  # fmt: skip
 
 

@@ -187,11 +187,30 @@ def compile_all(arch: int, cases: list[str]) -> int:
     return failed
 
 
+def host_calls(case: str) -> int:
+    """Calls that launchers, launching again what they launched before, make of Triton's constexpr functions on the host.
+
+    One takes microseconds, one of a plan a third of a millisecond: more than the kernel.
+    """
+    from triton.runtime.jit import ConstexprFunction
+
+    list(launches_of(case))
+    calls = []
+    original = ConstexprFunction.__call__
+    ConstexprFunction.__call__ = lambda fn, *args, **kw: calls.append(fn) or original(fn, *args, **kw)
+    list(launches_of(case))
+    ConstexprFunction.__call__ = original
+    return len(calls)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile every kernel for NVIDIA GPUs, without one.")
+    parser.add_argument("--host", action="store_true", help="instead: count calls that launchers waste on the host")
     parser.add_argument("--arch", type=int, action="append", choices=(*ARCHS, *BY_HAND_ARCHS))
     parser.add_argument("--case", action="append", choices=sorted(CASES))
     args = parser.parse_args()
+    if args.host:
+        return sum(host_calls(case) for case in args.case or list(CASES))
     return 1 if sum(compile_all(arch, args.case or list(CASES)) for arch in args.arch or ARCHS) else 0
 
 
@@ -206,6 +225,13 @@ def test_compiles(case: str, arch: int) -> None:
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("registers") == (17 if case in MAIN else 14), done.stdout
+
+
+def test_launchers_do_not_call_tritons_functions_in_every_launch() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, __file__, "--host"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 if __name__ == "__main__":
