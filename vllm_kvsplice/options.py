@@ -199,7 +199,7 @@ def bench_kernels_options(command: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="tokens of a cache write (default: 1,64,256,2048,8192)",
     )
-    text = "of the prefill, repeatable (default: 4x2048x0 1x8192x0 1x8192x32768)"
+    text = "of the prefill, repeatable (default: 4x2048x0 1x8192x0 1x8192x32768 1x16x32768)"
     add("--chunk", dest="chunks", action="append", type=_numbers(3, "x"), metavar="BATCHxNEWxCACHED", help=text)
     add(
         "--peer",

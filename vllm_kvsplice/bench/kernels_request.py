@@ -38,7 +38,7 @@ class KernelsRequest:
     splits: Literal["chosen", "sweep"] = "chosen"
     block_sizes: tuple[int, ...] = (16, 64)
     write_tokens: tuple[int, ...] = (1, 64, 256, 2048, 8192)
-    chunks: tuple[tuple[int, int, int], ...] = ((4, 2048, 0), (1, 8192, 0), (1, 8192, 32768))
+    chunks: tuple[tuple[int, int, int], ...] = ((4, 2048, 0), (1, 8192, 0), (1, 8192, 32768), (1, 16, 32768))
 
     def check(self) -> None:
         """Raise KVSpliceError for what cannot be measured; presets and the file to write are checked where they are read."""
