@@ -143,7 +143,7 @@ def test_an_unknown_preset_or_a_bad_file_stops_before_the_work(tmp_path):
 # ---------------------------------------------------------------- jobs, data, times
 def test_default_jobs_cover_every_preset_shape_and_peer():
     jobs = kernels_jobs.list_jobs(KernelsRequest(), 132)
-    assert len(set(jobs)) == len(jobs) == 5 * (10 + 3 * 2) + 5 * (7 + 3) + 3 * (4 + 3)
+    assert len(set(jobs)) == len(jobs) == 5 * (10 + 3 * 2) + 5 * (7 + 3) + 4 * (4 + 3)
     assert {j.block_size for j in jobs if j.kernel == "kvsplice" and j.what == "decode"} == {16, 64}
     ours = [j for j in kernels_jobs.list_jobs(KernelsRequest(peers=False), 132) if j.kernel != "kvsplice"]
     assert not ours
