@@ -15,7 +15,7 @@ from kvsplice_kernels.encode import prepare
 from vllm_kvsplice.codec.layout import LatentLayout
 from vllm_kvsplice.serving import torch_path, triton_path, warm_up
 from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits
-from vllm_kvsplice.serving.cached_prefill import LATENT_TOKENS
+from vllm_kvsplice.serving.cached_prefill import LATENT_TOKENS, PREFILL_SPLITS
 from vllm_kvsplice.serving.metadata import Prefills, Requests
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -243,7 +243,7 @@ def test_the_reservation_covers_every_step(monkeypatch: pytest.MonkeyPatch) -> N
             c, triton(b), torch.empty(tokens, HEADS, DIM), None, cache,
             Requests(reqs, tokens, 3, 100_000, none, none, none), none,
         )  # fmt: skip
-    for splits in triton_path.PREFILL_SPLITS:
+    for splits in PREFILL_SPLITS:
         tokens = min(64, LATENT_TOKENS // splits)
         triton_path.attend_codes(
             c, triton(b), torch.empty(tokens, HEADS, DIM), cache, Requests(1, tokens, 64, 9, none, none, none), none,

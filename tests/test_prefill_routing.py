@@ -77,24 +77,31 @@ def test_scratch_is_bounded_by_the_batch_and_not_by_the_context() -> None:
 
 
 # ---------------------------------------------------------------- which path
-def test_few_rows_over_long_context_stay_latent() -> None:
-    def chosen(query: int, context: int, group: int = 7, copies: int = 1) -> bool:
-        case = cases.Case(
-            seq_lens=(query + context,) * copies, query_lens=(query,) * copies, num_kv_heads=1, group=group
-        )
-        starts = torch.arange(0, query * copies + 1, query, dtype=torch.int32)
-        requests = Prefills(copies, query * copies, query, query + context, starts, starts[1:], starts[None], starts,
-                            [False] * copies, torch.tensor(case.seq_lens), Limits(99, 8192, 10**6))  # fmt: skip
-        return cached_prefill.plan(codec_of(case), requests, False, torch.device("cpu")) is not None
+def test_few_rows_over_long_context_stay_latent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cached_prefill, "multiprocessors", lambda device: 132)
+
+    def chosen(query: int, context: int, group: int = 7, copies: int = 1, first: int = 0) -> bool:
+        """Whether requests of ``query`` tokens over a context, and one whose ``first`` tokens are all it has, are expanded."""
+        query_lens = [query] * copies + [first] * bool(first)
+        lens = torch.tensor([query + context] * copies + [first] * bool(first))
+        starts = torch.tensor([0, *query_lens]).cumsum(0).int()
+        codec = codec_of(cases.Case(seq_lens=(1,), query_lens=(1,), num_kv_heads=4, group=group))
+        fresh = [False] * copies + [True] * bool(first)
+        requests = Prefills(len(query_lens), int(starts[-1]), max(query_lens), query + context, starts, lens, starts[None],
+                            starts, fresh, lens, Limits(99, 8192, 10**6))  # fmt: skip
+        return cached_prefill.plan(codec, requests, True, torch.device("cpu")) is not None
 
     assert not chosen(16, 32768) and chosen(64, 32768)  # 112 and 448 query rows
-    assert not chosen(64, 32768, group=1)
+    assert not chosen(64, 8192, group=1)
     assert chosen(8, 32768, copies=200)  # above the tokens that the latent kernel has scratch for
-    assert not chosen(16, 100, copies=60)
+    assert not chosen(16, 100, copies=60) and not chosen(16, 8192, copies=4)
+    # In 8 splits the first waits longer for its keys than expanding them takes; beside 900 tokens there is no scratch for splits.
+    assert chosen(36, 32768) and not chosen(36, 8192)
+    assert chosen(16, 32768, first=900) and not chosen(16, 700, first=900)
 
 
 def test_few_rows_over_long_context_split_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_path, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(cached_prefill, "multiprocessors", lambda device: 132)
     device = torch.device("cpu")
 
     def splits(query: int, context: int, copies: int = 1, heads: int = 4, known: bool = True) -> int:
@@ -103,19 +110,19 @@ def test_few_rows_over_long_context_split_the_keys(monkeypatch: pytest.MonkeyPat
         requests = Prefills(copies, query * copies, query, 10**6, starts, lens, starts[None], starts, [False] * copies,
                             lens if known else None)  # fmt: skip
         codec = codec_of(cases.Case(seq_lens=(1,), query_lens=(1,), num_kv_heads=heads, group=7))
-        return triton_path.prefill_splits(codec, requests, query * copies, device)
+        return cached_prefill.num_splits(codec, requests, query * copies, device)
 
     assert splits(8, 32768) == 32 and splits(36, 32768) == 8  # 1 and 5 tiles of 9 tokens
     assert splits(8, 1000) == 1 and splits(8, 1100) == 8  # four tiles of keys or more in each
     assert splits(8, 1000, known=False) == 32
-    assert splits(8, 32768, heads=64) == 1 and splits(8, 32768, copies=20) == 1  # the GPU is full without
+    assert splits(8, 32768, heads=128) == 1 and splits(8, 32768, copies=40) == 1  # the GPU is full without
     assert splits(130, 32768) == 1  # more latents than scratch holds
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("heads", [1, 4])
 def test_every_variant_of_a_split_prefill_is_compiled_before_the_first_request(head_dim: int, heads: int) -> None:
-    """Over all steps that prefill_splits may cut: reduce_expand's variants are its split count and its tiles."""
+    """Over all steps that num_splits may cut: reduce_expand's variants are its split count and its tiles."""
     codec = codec_of(
         cases.Case(
             seq_lens=(1,),
@@ -129,12 +136,12 @@ def test_every_variant_of_a_split_prefill_is_compiled_before_the_first_request(h
     )
 
     def variant(tokens: int, splits: int) -> Any:
-        tiles = reduce_tiles(tokens * codec.num_heads, 7, triton_path.LONG_STEP, head_dim, head_dim, splits)
+        tiles = reduce_tiles(tokens * codec.num_heads, 7, cached_prefill.LONG_STEP, head_dim, head_dim, splits)
         return splits, tiles
 
     compiled = {variant(*step) for step in warm_up.split_steps(codec, 8192)}
     most = cached_prefill.LATENT_TOKENS
-    assert compiled == {variant(t, s) for s in triton_path.PREFILL_SPLITS for t in range(1, most // s + 1)}
+    assert compiled == {variant(t, s) for s in cached_prefill.PREFILL_SPLITS for t in range(1, most // s + 1)}
     assert len(warm_up.split_steps(codec, 8192)) <= 6
 
 

@@ -10,6 +10,7 @@ codes too, but for first chunks that attend to fresh keys and values, which are 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvsplice_kernels.decode import TILE, query_tile
 from kvsplice_kernels.fused_expand import LONG_ROWS, START_MULTIPLE, copy_fresh, expand_cached
+from kvsplice_kernels.query_tiles import num_query_tiles
 from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits
 from vllm_kvsplice.serving.metadata import Prefills
 from vllm_kvsplice.serving.refusals import FLASH_HEAD_DIM
@@ -32,6 +35,11 @@ EXPAND_FROM_ROWS = 256
 LATENT_TOKENS = (
     1024  # above so many tokens a step is expanded in any case: bounds what the latent kernel's scratch takes
 )
+# Few rows leave the GPU empty, and their longest run of keys is what the latent kernel waits for: 1.86 ms for 32768 keys in
+# one split on an H200. Expanding them takes the time of the bytes above, and some 50 us for FlashAttention over few rows.
+KEY_US, EXPANDED_KEY_US, EXPANDED_US = 1856 / 32768, 0.29e-3, 50.0
+PREFILL_SPLITS = (32, 8)  # of the keys, of few prefill tokens: each is variants of reduce_expand to compile
+LONG_STEP = 1024  # tokens: past the sizes at which the launchers change their tiles
 
 Ints = NDArray[np.int64]
 Shape = tuple[tuple[int, ...], torch.dtype]
@@ -153,22 +161,52 @@ def plan(codec: LayerCodec, requests: Prefills, with_fresh: bool, device: torch.
         return None
     limits = requests.limits or Limits(requests.num_reqs, requests.num_tokens, requests.max_seq_len)
     window, capacity = codec.sliding_window, scratch_tokens(codec, limits)
-    key = (window, capacity, codec.num_heads // codec.num_kv_heads, with_fresh, device)
+    key = (window, capacity, codec.num_heads // codec.num_kv_heads, codec.num_kv_heads, with_fresh, device)
     if key not in requests.plans:
-        requests.plans[key] = _plan(requests, *key)
+        splits = num_splits(codec, requests, requests.num_tokens, device)
+        requests.plans[key] = _plan(requests, splits, *key)
     found: list[Piece] | None = requests.plans[key]
     return found
 
 
+def num_splits(codec: LayerCodec, requests: Prefills, num_tokens: int, device: torch.device) -> int:
+    """Splits of the keys where the latent kernel serves a step: few query tokens, the end of a prompt that is cached, would
+    leave the GPU empty. As many as four programs a multiprocessor, each with four tiles of keys or more, and the scratch of a
+    longer step allow."""
+    tile_tokens, _ = query_tile(codec.num_heads // codec.num_kv_heads, LONG_STEP)
+    tiles = num_query_tiles(num_tokens, requests.num_reqs, LONG_STEP, tile_tokens)
+    known = requests.seq_lens_cpu
+    longest = requests.max_seq_len if known is None else int(known.max())
+    programs = 4 * multiprocessors(device) // (tiles * codec.num_kv_heads)
+    most = min(programs, longest // (4 * TILE), LATENT_TOKENS // num_tokens)
+    return next((splits for splits in PREFILL_SPLITS if splits <= most), 1)
+
+
+@lru_cache(maxsize=8)
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def _plan(
-    requests: Prefills, window: int | None, capacity: int, group: int, with_fresh: bool, device: torch.device
+    requests: Prefills,
+    splits: int,
+    window: int | None,
+    capacity: int,
+    group: int,
+    num_kv_heads: int,
+    with_fresh: bool,
+    device: torch.device,
 ) -> list[Piece] | None:
     query_start_loc = requests.query_start_loc_cpu.numpy().astype(np.int64)
     query_lens, seq_lens = np.diff(query_start_loc), np.asarray(requests.seq_lens_cpu, np.int64)
     fresh = np.array(requests.first_chunk) & with_fresh
     visible = np.where(fresh, 0, np.minimum(seq_lens, query_lens + (window or requests.max_seq_len)))
     rows = (query_lens * visible).sum() * group
-    if requests.num_tokens <= LATENT_TOKENS and rows < EXPAND_FROM_ROWS * visible.sum():
+    latent_us = KEY_US * visible.max() / splits
+    expanded_us = EXPANDED_US + EXPANDED_KEY_US * num_kv_heads * visible.sum()
+    few = requests.num_tokens <= LATENT_TOKENS and rows < EXPAND_FROM_ROWS * visible.sum()
+    if few and latent_us <= expanded_us:
         return None
     spans = cut(query_lens, seq_lens, window, capacity)
     return _to_device(spans, query_start_loc, fresh, device)

@@ -16,20 +16,17 @@ from triton import cdiv, next_power_of_2
 
 from kvsplice_kernels.attention import Workspace, choose_num_splits, paged_attention, workspace_shapes
 from kvsplice_kernels.cache_write import cache_write
-from kvsplice_kernels.decode import TILE, query_tile
 from kvsplice_kernels.encode import Prepared
 from kvsplice_kernels.launch import Launch
-from kvsplice_kernels.query_tiles import num_query_tiles
 from kvsplice_kernels.write_and_project import write_and_project
 from vllm_kvsplice.launch import tuned
 from vllm_kvsplice.serving import cached_prefill, fallback_attention
 from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits, bases_of, prepared_of
+from vllm_kvsplice.serving.cached_prefill import LONG_STEP, multiprocessors
 from vllm_kvsplice.serving.metadata import Prefills, Requests
 from vllm_kvsplice.serving.refusals import FLASH_HEAD_DIM
 from vllm_kvsplice.serving.vllm_compat import flash_attention, workspace
 
-LONG_STEP = 1024  # tokens: past the sizes at which the launchers change their tiles
-PREFILL_SPLITS = (32, 8)  # of the keys, of few prefill tokens: each is variants of reduce_expand to compile
 Shapes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 Written = tuple[Tensor, Tensor, Tensor]  # key and value [>= T, H, head_dim], slot_mapping [T]
 
@@ -106,20 +103,8 @@ def prefill(
         fresh_attention(codec, query, *fresh, requests, out)
     # As an upper bound: with the true one every short tail of a prompt would be a kernel variant of its own.
     longest = max(requests.max_query_len, LONG_STEP)
-    splits = prefill_splits(codec, requests, query.shape[0], query.device)
+    splits = cached_prefill.num_splits(codec, requests, query.shape[0], query.device)
     attend_codes(codec, tensors, query, kv_cache, requests, out, splits, skip_first_chunks=first, max_query_len=longest)
-
-
-def prefill_splits(codec: LayerCodec, requests: Prefills, num_tokens: int, device: torch.device) -> int:
-    """Splits of the keys where few query tokens, the end of a prompt that is cached, would leave the GPU empty: as many as
-    two programs a multiprocessor, each with four tiles of keys or more, and the scratch of a longer step allow."""
-    tile_tokens, _ = query_tile(codec.num_heads // codec.num_kv_heads, LONG_STEP)
-    tiles = num_query_tiles(num_tokens, requests.num_reqs, LONG_STEP, tile_tokens)
-    known = requests.seq_lens_cpu
-    longest = requests.max_seq_len if known is None else int(known.max())
-    programs = 2 * multiprocessors(device) // (tiles * codec.num_kv_heads)
-    most = min(programs, longest // (4 * TILE), cached_prefill.LATENT_TOKENS // num_tokens)
-    return next((splits for splits in PREFILL_SPLITS if splits <= most), 1)
 
 
 def fresh_attention(
@@ -154,7 +139,9 @@ def reserve(
     """Let vLLM's workspace grow now to the most that any step will ask for; it is locked once graphs are captured."""
     expands = flash_attends(codec.layout.head_dim, codec.soft_cap) and codec.layout.head_dim <= FLASH_HEAD_DIM
     wanted = [_shapes(codec, most_latent_tokens(codec, max_tokens), 1)]
-    wanted += [_shapes(codec, min(max_tokens, cached_prefill.LATENT_TOKENS // n), n) for n in PREFILL_SPLITS]
+    wanted += [
+        _shapes(codec, min(max_tokens, cached_prefill.LATENT_TOKENS // n), n) for n in cached_prefill.PREFILL_SPLITS
+    ]
     if expands:
         limits = Limits(max_num_seqs, max_tokens, max_seq_len)
         wanted.append(cached_prefill.scratch_shapes(codec, limits, codec.wide_dtype))
@@ -245,11 +232,6 @@ def attend_codes(
 def _shapes(codec: LayerCodec, num_tokens: int, splits: int) -> Shapes:
     ranks = codec.layout.rank("k"), codec.layout.rank("v")
     return tuple((s, torch.float32) for s in workspace_shapes(num_tokens, codec.num_heads, *ranks, splits))
-
-
-@lru_cache(maxsize=8)
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 flash_attends = lru_cache(maxsize=8)(flash_attention)
