@@ -171,7 +171,7 @@ def test_without_host_lengths_no_row_counts_as_a_first_chunk() -> None:
 def test_rows_of_a_draft_go_by_lengths_on_the_device() -> None:
     """A draft model's requests have a token more than the target's, in the lengths on the device alone."""
     made = builder(4)
-    made.draft = True
+    made.draft_slots = 1
     host = torch.tensor([19, 29, 8], dtype=torch.int32)
     m = made.build(0, batch([5, 5, 9], [20, 30, 9], seq_lens_cpu_upper_bound=host))
     assert m.decodes.num_reqs == 2 and m.decodes.max_query_len == 5 and m.prefills is not None
@@ -180,20 +180,19 @@ def test_rows_of_a_draft_go_by_lengths_on_the_device() -> None:
 
 
 def test_a_group_is_a_draft_s_where_all_its_layers_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    def layer(draft: bool) -> Any:
-        codec = LayerCodec(A, 92, torch.bfloat16, 8, 2, 1.0, None, None, draft)
+    def layer(slots: int) -> Any:
+        codec = LayerCodec(A, 92, torch.bfloat16, 8, 2, 1.0, None, None, slots)
         return SimpleNamespace(impl=SimpleNamespace(codec=codec))
 
-    layers = {"a": layer(False), "b": layer(True), "c": layer(True), "other": SimpleNamespace(impl=None)}
+    layers = {"a": layer(0), "b": layer(3), "c": layer(3), "other": SimpleNamespace(impl=None)}
     monkeypatch.setattr(startup, "attention_layers", lambda config: layers)
     config: Any = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_seqs=16, max_num_batched_tokens=100),
         model_config=SimpleNamespace(max_model_len=4096),
     )
-    found = [startup.of_a_draft(config, names) for names in (["b", "c"], ["a", "b"], ["a"], ["b", "other"], [])]
-    assert found == [True, False, False, False, False]
-    limits = [startup.limits_of(config, draft).max_num_batched_tokens for draft in (False, True)]
-    assert limits == [100, 116]
+    found = [startup.draft_slots_of(config, names) for names in (["b", "c"], ["a", "b"], ["a"], ["b", "other"], [])]
+    assert found == [3, 0, 0, 0, 0]
+    assert [startup.limits_of(config, slots).max_num_batched_tokens for slots in (0, 1, 3)] == [100, 116, 148]
 
 
 def test_capture_is_over_the_query_itself() -> None:

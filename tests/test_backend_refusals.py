@@ -22,7 +22,7 @@ from vllm_kvsplice.serving import refusals
 from vllm_kvsplice.serving.attention_layer import backend_with_bytes, check_kind
 from vllm_kvsplice.serving.backend import KVSpliceBackend
 from vllm_kvsplice.serving.impl import KVSpliceImpl
-from vllm_kvsplice.serving.vllm_compat import is_draft
+from vllm_kvsplice.serving.vllm_compat import draft_slots, is_draft
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,7 @@ def engine(**changes: Any) -> SimpleNamespace:
         ),
         kv_transfer_config=None,
         attention_config=SimpleNamespace(use_non_causal=False),
+        speculative_config=None,
     )
     for name, value in changes.items():
         target, _, attribute = name.rpartition("__")
@@ -116,6 +117,7 @@ def engine(**changes: Any) -> SimpleNamespace:
         (dict(parallel_config__use_ubatching=True), "micro-batches"),
         (dict(cache_config__kv_cache_dtype_skip_layers=["0"]), "layers left out"),
         (dict(cache_config__block_size=24), "block size 24"),
+        (dict(speculative_config=SimpleNamespace(use_gemma4_mtp=lambda: True)), "Gemma 4 MTP drafts"),
         (dict(model_config__use_mla=True), "MLA"),
         (dict(model_config__is_mm_prefix_lm=True), "multimodal prefixes"),
         (dict(model_config__rswa_window=64), "R-SWA"),
@@ -231,6 +233,26 @@ def test_layers_of_a_draft_are_told_from_the_target_s():
     assert [is_draft(of(target, draft), layer(i)) for i in (0, 2, 3)] == [False, False, True]  # EAGLE, MTP
     assert is_draft(of(draft, draft), "draft_model." + layer(0)) and is_draft(of(target, draft), "mtp.layers.0.attn")
     assert not is_draft(of(target, draft), "no.number")  # refused later, by name
+
+
+def test_slots_that_a_draft_adds_are_vllms_own_count() -> None:
+    from vllm.config.speculative import SpeculativeConfig
+
+    def slots(method: str, parallel: bool = False, layer: str = "draft_model.layers.0.attn") -> int:
+        speculative: Any = object.__new__(SpeculativeConfig)
+        model = SimpleNamespace(get_total_num_hidden_layers=lambda: 1)
+        vars(speculative).update(
+            method=method,
+            parallel_drafting=parallel,
+            num_speculative_tokens=4,
+            draft_model_config=model,
+            target_model_config=0,
+        )
+        config: Any = SimpleNamespace(model_config=model, speculative_config=speculative)
+        return draft_slots(config, layer)
+
+    assert slots("draft_model") == 1 and slots("draft_model", True) == 4 and slots("eagle3") == 0
+    assert draft_slots(SimpleNamespace(speculative_config=None), "layers.0.attn") == 0  # type: ignore[arg-type]
 
 
 def test_what_the_backend_tells_vllm_on_cuda() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -237,15 +238,16 @@ def save(projector: Projector, out: Path) -> None:
         projector.save(partial)
         os.replace(partial, out)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise _unwritable(out, getattr(error, "strerror", None) or str(error).splitlines()[0]) from None
 
 
 def _check_out(out: Path) -> None:
     """Raise KVSpliceError, before the work rather than after it, if a file cannot be written."""
-    place = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not os.access(place, os.W_OK):
-        raise _unwritable(out, f"{place} is read-only for you")
+    place = next(p for p in out.absolute().parents if p.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise _unwritable(out, f"{place} is no folder that you may write to")
 
 
 def _unwritable(out: Path, why: str) -> KVSpliceError:

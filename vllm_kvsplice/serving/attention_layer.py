@@ -45,7 +45,7 @@ class LayerCodec:
     scale: float
     sliding_window: int | None
     soft_cap: float | None
-    draft: bool = False  # a layer of a speculative draft, whose steps the host knows too little about: see metadata
+    draft_slots: int = 0  # query tokens that vLLM adds to each request of a speculative draft: see metadata
 
 
 class Limits(NamedTuple):

@@ -21,6 +21,7 @@ from vllm_kvsplice.serving.vllm_compat import (
     attention_layers,
     batch_invariant,
     device_kind,
+    draft_slots,
     get_current_vllm_config,
     is_draft,
     tensor_parallel,
@@ -69,9 +70,8 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         attention_layer.check_kind(name, layer)
         model = self.vllm_config.model_config
         tp_rank, tp_size = tensor_parallel()
-        draft = is_draft(self.vllm_config, name)
         projector = None  # of a draft's layers, which the target's file does not know: int8
-        if not draft:
+        if not is_draft(self.vllm_config, name):
             projector = projector_source.for_engine(self.settings.projector, model.model, model.revision, tp_rank == 0)
         if projector is not None:
             projector.verify(model.hf_text_config)
@@ -93,7 +93,7 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
             self.scale,
             self.sliding_window,
             self.soft_cap,
-            draft,
+            draft_slots(self.vllm_config, name),
         )
         if self.codec is not None and self.codec != codec:
             raise KVSpliceError(

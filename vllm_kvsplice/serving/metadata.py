@@ -59,14 +59,14 @@ class KVSpliceMetadata(AttentionMetadata):
 class KVSpliceMetadataBuilder(AttentionMetadataBuilder[KVSpliceMetadata]):
     """Splits vLLM's batch. Rows of up to 1 + num_speculative_tokens tokens are decodes, captured in full CUDA graphs.
 
-    The step of a draft model that follows the target's has a token more in each request than the target's had, and the length
-    more on the device, but not on the host (StandaloneARSpeculator._prefill, extend_all_queries_by_N): a draft's rows go by
-    the lengths on the device, through kernels that read them there.
+    The first step of a draft model has ``draft_slots`` more tokens in each request than the target's had, and lengths that say
+    so on the device, but not on the host (StandaloneARSpeculator._prefill, extend_all_queries_by_N): its rows go by the lengths
+    on the device, through kernels that read them there.
     """
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
     limits: Limits | None = None
-    draft = False
+    draft_slots = 0
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -79,11 +79,11 @@ class KVSpliceMetadataBuilder(AttentionMetadataBuilder[KVSpliceMetadata]):
         from vllm_kvsplice.serving import startup
 
         startup.prepare(vllm_config, layer_names, kv_cache_spec.block_size, device)
-        self.draft = startup.of_a_draft(vllm_config, layer_names)
+        self.draft_slots = startup.draft_slots_of(vllm_config, layer_names)
 
     @property
     def _decode_query_len(self) -> int:
-        return (self.reorder_batch_threshold or 1) + self.draft
+        return (self.reorder_batch_threshold or 1) + self.draft_slots
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -106,7 +106,7 @@ class KVSpliceMetadataBuilder(AttentionMetadataBuilder[KVSpliceMetadata]):
         prefills = _prefills(m, num_decodes, num_prefills, decode_tokens, prefill_tokens) if num_prefills else None
         if prefills is not None:
             prefills.limits = self.limits
-            if self.draft:
+            if self.draft_slots:
                 prefills.first_chunk, prefills.seq_lens_cpu = [False] * num_prefills, None
         return KVSpliceMetadata(m.num_actual_tokens, m.slot_mapping, decodes, prefills)
 

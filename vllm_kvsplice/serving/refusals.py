@@ -68,6 +68,9 @@ def check_engine(config: Any, batch_invariant: bool, device_type: str) -> None:
         _refuse("batch-invariant mode", "unset VLLM_BATCH_INVARIANT")
     if config.attention_config.use_non_causal:
         _refuse("non-causal attention")
+    drafts = getattr(config.speculative_config, "use_gemma4_mtp", None)
+    if drafts is not None and drafts():
+        _refuse("Gemma 4 MTP drafts, which read the target's cache by themselves", "drop --speculative-config")
     if cache.block_size is not None and cache.block_size % BLOCK_MULTIPLE:
         _refuse(f"block size {cache.block_size}", f"use --block-size with a multiple of {BLOCK_MULTIPLE}")
     if model is not None:

@@ -31,30 +31,29 @@ def reserve(vllm_config: VllmConfig, path: ModuleType, codec: LayerCodec, device
     """Grow vLLM's workspace to the most a step can ask for, before vLLM measures how much memory is left for the cache."""
     if device.type != "cuda":
         return
-    limits = limits_of(vllm_config, codec.draft)
+    limits = limits_of(vllm_config, codec.draft_slots)
     path.reserve(
         codec,
         limits.max_num_seqs,
-        decode_query_len(vllm_config) + codec.draft,
+        decode_query_len(vllm_config) + codec.draft_slots,
         limits.max_num_batched_tokens,
         limits.max_model_len,
         device,
     )
 
 
-def limits_of(vllm_config: VllmConfig, draft: bool) -> Limits:
-    """The most that a step can hold. vLLM gives every request of a draft model one query token more than it has."""
+def limits_of(vllm_config: VllmConfig, draft_slots: int) -> Limits:
+    """The most that a step can hold, ``draft_slots`` more query tokens in each request than the target's step has."""
     scheduler = vllm_config.scheduler_config
-    more = scheduler.max_num_seqs if draft else 0
-    tokens = scheduler.max_num_batched_tokens + more
+    tokens = scheduler.max_num_batched_tokens + draft_slots * scheduler.max_num_seqs
     return Limits(scheduler.max_num_seqs, tokens, vllm_config.model_config.max_model_len)
 
 
-def of_a_draft(vllm_config: VllmConfig, layer_names: list[str]) -> bool:
-    """Whether a group of layers is a speculative draft's."""
+def draft_slots_of(vllm_config: VllmConfig, layer_names: list[str]) -> int:
+    """``LayerCodec.draft_slots`` of a group of layers that are all of one draft; 0 of any other."""
     layers = attention_layers(vllm_config)
     codecs = [_codec(layers.get(name)) for name in layer_names]
-    return bool(codecs) and all(isinstance(codec, LayerCodec) and codec.draft for codec in codecs)
+    return min((codec.draft_slots if isinstance(codec, LayerCodec) else 0 for codec in codecs), default=0)
 
 
 def prepare(vllm_config: VllmConfig, layer_names: list[str], block_size: int, device: torch.device) -> None:
@@ -63,7 +62,8 @@ def prepare(vllm_config: VllmConfig, layer_names: list[str], block_size: int, de
     if device.type == "cuda":
         for codec, impl in {_codec(layers[name]): layers[name].impl for name in layer_names}.items():
             reserve(vllm_config, impl.path, codec, device)
-            limits, query_len = limits_of(vllm_config, codec.draft), decode_query_len(vllm_config) + codec.draft
+            limits = limits_of(vllm_config, codec.draft_slots)
+            query_len = decode_query_len(vllm_config) + codec.draft_slots
             impl.warm_up(block_size, vllm_config.model_config.dtype, device, query_len, limits)
     _announce(layers, layer_names)
 

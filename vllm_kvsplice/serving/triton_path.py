@@ -185,7 +185,7 @@ def launch_of(codec: LayerCodec, max_query_len: int, device: torch.device) -> La
 def most_latent_tokens(codec: LayerCodec, max_tokens: int) -> int:
     """Prefill tokens of a step that the latent kernel may be given."""
     expands = flash_attends(codec.layout.head_dim, codec.soft_cap) and codec.layout.head_dim <= FLASH_HEAD_DIM
-    return min(max_tokens, cached_prefill.LATENT_TOKENS) if expands and not codec.draft else max_tokens
+    return min(max_tokens, cached_prefill.LATENT_TOKENS) if expands and not codec.draft_slots else max_tokens
 
 
 def plans(codec: LayerCodec, kv_cache: Tensor) -> tuple[Any, Any]:

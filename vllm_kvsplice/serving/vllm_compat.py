@@ -51,6 +51,7 @@ __all__ = [
     "get_current_vllm_config",
     "get_current_vllm_config_or_none",
     "init_logger",
+    "draft_slots",
     "is_draft",
     "is_plain_attention",
     "layer_index",
@@ -101,6 +102,14 @@ def is_draft(vllm_config: VllmConfig, layer_name: str) -> bool:
         return layer_index(layer_name) >= model.get_total_num_hidden_layers()
     except (AssertionError, ValueError):
         return False
+
+
+def draft_slots(vllm_config: VllmConfig, layer_name: str) -> int:
+    """Query tokens that vLLM adds to every request before a draft's layer sees them: 0 of the target and of most heads, 1 of a
+    draft model, more where all tokens are drafted in parallel."""
+    if not is_draft(vllm_config, layer_name):
+        return 0
+    return int(getattr(vllm_config.speculative_config, "max_num_new_slots_for_drafting", 1))
 
 
 def tensor_parallel() -> tuple[int, int]:

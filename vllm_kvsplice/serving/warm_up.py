@@ -112,7 +112,7 @@ def decode_steps(
     for query_len, num_reqs in product(query_lens, range(1, limits.max_num_seqs + 1)):
         tokens = num_reqs * query_len
         if tokens > max(limits.max_num_batched_tokens, query_len):
-            break
+            continue
         project = query_tiles(tokens, group, layout.head_dim, layout.rank("k"))
         block_t = write_tiles(tokens, codec.num_kv_heads, layout.head_dim, both).block_t
         splits = num_splits(codec, num_reqs, query_len, limits.max_model_len, device)
@@ -131,7 +131,7 @@ def split_steps(codec: LayerCodec, max_tokens: int) -> list[tuple[int, int]]:
     group, layout = codec.num_heads // codec.num_kv_heads, codec.layout
     rank_pad = max(16, 1 << (layout.rank("v") - 1).bit_length())
     found: dict[object, tuple[int, int]] = {}
-    for splits in PREFILL_SPLITS:
+    for splits in (1, *PREFILL_SPLITS):
         for tokens in range(1, min(LATENT_TOKENS // splits, max_tokens) + 1):
             tiles = reduce_tiles(tokens * codec.num_heads, group, LONG_STEP, layout.head_dim, rank_pad, splits)
             found.setdefault((splits, tiles), (tokens, splits))
