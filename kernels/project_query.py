@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvsplice_kernels.checks import check_dense, check_floats
+from kvsplice_kernels.checks import check_dense, check_floats, next_power_of_2
 from kvsplice_kernels.latents import NUM_WARPS, add_product, load_planes, load_rows, num_steps
 from kvsplice_kernels.pdl import launch_dependents, pdl_options, wait
 
@@ -90,7 +90,7 @@ def query_tiles(num_tokens: int, group: int, head_dim: int, rank: int) -> QueryT
     rows = num_tokens * group
     block_m = 16 if rows <= 64 else 64 if rows <= 1024 else 128
     block_r = 32 if rows <= 512 else 64
-    block_d = min(128, max(16, 1 << (head_dim - 1).bit_length()))
+    block_d = min(128, max(16, next_power_of_2(head_dim)))
     return QueryTiles(block_m, block_r, block_d, -(-rank // block_r), -(-rows // block_m))
 
 

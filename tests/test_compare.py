@@ -11,6 +11,7 @@ from hf_models import save, tiny, tokens
 
 from vllm_kvsplice import cli
 from vllm_kvsplice.calibration.presets import preset_names
+from vllm_kvsplice.codec.projector import Projector
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.lab import compare, minicache, ours, plot, registry, rows, score
 from vllm_kvsplice.lab.codec import Bytes, Codec, Geometry, Run, Setup
@@ -87,7 +88,10 @@ def test_two_files_of_one_name_and_a_file_made_from_the_scored_text_are_refused(
         assert cli.main(["calibrate", folder, "--out", path, "--samples", "2", "--seq-len", "60", *text]) == 0
     with pytest.raises(KVSpliceError, match="would both be called file:p.safetensors: rename one"):
         compare.run(request(folder, text_file, "bf16", projectors=paths))
-    assert [c.name for c in registry.choose(["bf16"], paths[:1] * 2)] == ["bf16", "file:p.safetensors"]
+    assert [c.name for c in registry.choose(["bf16"], {paths[0]: Projector.load(paths[0])})] == [
+        "bf16",
+        "file:p.safetensors",
+    ]
     with pytest.raises(KVSpliceError, match="b/p.safetensors was calibrated on"):
         compare.run(request(folder, text_file, "bf16", projectors=paths[1:]))
 
@@ -221,7 +225,7 @@ def test_a_file_for_fewer_layers_is_refused(folder, tmp_path):
     cli.main(["calibrate", folder, "--out", path, "--preset", "int8"])
     model = tiny("qwen2")  # three layers, not two
     with pytest.raises(KVSpliceError, match="another model"):
-        ours.file_codec(path).prepare(Setup(model, Geometry(3, 2, 16, 60), {}))
+        ours.file_codec(path, Projector.load(path)).prepare(Setup(model, Geometry(3, 2, 16, 60), {}))
 
 
 def test_minicache_merges_what_the_base_run_had():

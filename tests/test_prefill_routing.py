@@ -110,7 +110,7 @@ def test_few_rows_over_long_context_split_the_keys(monkeypatch: pytest.MonkeyPat
         requests = Prefills(copies, query * copies, query, 10**6, starts, lens, starts[None], starts, [False] * copies,
                             lens if known else None)  # fmt: skip
         codec = codec_of(cases.Case(seq_lens=(1,), query_lens=(1,), num_kv_heads=heads, group=7))
-        return cached_prefill.num_splits(codec, requests, query * copies, device)
+        return cached_prefill.num_splits(codec, requests, device)
 
     assert splits(8, 32768) == 32 and splits(36, 32768) == 8  # 1 and 5 tiles of 9 tokens
     assert splits(8, 1000) == 1 and splits(8, 1100) == 8  # four tiles of keys or more in each

@@ -52,12 +52,13 @@ def run(request: CompareRequest) -> dict[str, Any]:
     """Score the codecs; raises KVSpliceError on a bad request."""
     if request.seeds < 1:
         raise KVSpliceError(f"--seeds {request.seeds} leaves nothing to calibrate with: expected at least 1.")
-    codecs = registry.choose(request.codecs, request.projectors)
+    projectors = {path: Projector.load(path) for path in request.projectors}
+    codecs = registry.choose(request.codecs, projectors)
     text = load_text(request.text, held_out=True)
     calibration = load_text(request.calibration, request.dataset)
     refuse_overlap(text, calibration, "--calibration")
-    for path in request.projectors:
-        refuse_own(text, Projector.load(path).metadata.calibration, path)
+    for path, projector in projectors.items():
+        refuse_own(text, projector.metadata.calibration, path)
     loaded = load(request.model, request.device, request.dtype, request.seq_len)
     model, geometry = loaded.model, loaded.geometry
     codecs, left_out = _that_fit(codecs, geometry, refuse=bool(request.codecs))

@@ -42,9 +42,8 @@ def recipe_codec(name: str, recipe: Recipe) -> Codec:
     return Codec(name, FAMILY, "this project", count, prepare, needs=needs)
 
 
-def file_codec(path: str) -> Codec:
-    """A projector file; its calibration is its own affair, so it is scored once."""
-    projector = Projector.load(path)
+def file_codec(path: str, projector: Projector) -> Codec:
+    """A projector that was read from a file; its calibration is its own affair, so it is scored once."""
     layouts = {i: layer.layout for i, layer in projector.layers.items()}
 
     def prepare(setup: Setup) -> Attach:

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from vllm_kvsplice.codec.projector import Projector
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.lab import dense, eviction, kivi, minicache, nvfp4, ours, palu, per_token, turboquant
 from vllm_kvsplice.lab.codec import Codec
@@ -21,10 +22,10 @@ RIVALS = [
 ]
 
 
-def choose(names: Sequence[str], projectors: Sequence[str] = ()) -> list[Codec]:
-    """The codecs of these names, families or .toml presets, all if there are none, and of projector files; each name once.
+def choose(names: Sequence[str], projectors: Mapping[str, Projector] | None = None) -> list[Codec]:
+    """The codecs of these names, families or .toml presets, all if there are none, and of projectors by path; each name once.
 
-    Raises KVSpliceError for a name that nothing has.
+    Raises KVSpliceError for a name that nothing has, or that two projectors would have.
     """
     known = RIVALS + ours.codecs()
     chosen = [] if names else list(known)
@@ -38,7 +39,7 @@ def choose(names: Sequence[str], projectors: Sequence[str] = ()) -> list[Codec]:
                 f"({', '.join(dict.fromkeys(c.family for c in known))}) or a .toml preset."
             )
         chosen += found
-    files = {path: ours.file_codec(path) for path in dict.fromkeys(projectors)}
+    files = {path: ours.file_codec(path, projector) for path, projector in (projectors or {}).items()}
     for path, codec in files.items():
         other = next(p for p, c in files.items() if c.name == codec.name)
         if other != path:

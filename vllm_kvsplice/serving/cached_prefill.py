@@ -163,22 +163,30 @@ def plan(codec: LayerCodec, requests: Prefills, with_fresh: bool, device: torch.
     window, capacity = codec.sliding_window, scratch_tokens(codec, limits)
     key = (window, capacity, codec.num_heads // codec.num_kv_heads, codec.num_kv_heads, with_fresh, device)
     if key not in requests.plans:
-        splits = num_splits(codec, requests, requests.num_tokens, device)
+        splits = num_splits(codec, requests, device)
         requests.plans[key] = _plan(requests, splits, *key)
     found: list[Piece] | None = requests.plans[key]
     return found
 
 
-def num_splits(codec: LayerCodec, requests: Prefills, num_tokens: int, device: torch.device) -> int:
-    """Splits of the keys where the latent kernel serves a step: few query tokens, the end of a prompt that is cached, would
-    leave the GPU empty. As many as four programs a multiprocessor, each with four tiles of keys or more, and the scratch of a
-    longer step allow."""
-    tile_tokens, _ = query_tile(codec.num_heads // codec.num_kv_heads, LONG_STEP)
-    tiles = num_query_tiles(num_tokens, requests.num_reqs, LONG_STEP, tile_tokens)
+def num_splits(codec: LayerCodec, requests: Prefills, device: torch.device) -> int:
+    """Splits of the keys where the latent kernel serves a step, the same for all layers of a kind: few query tokens, the end of
+    a prompt that is cached, would leave the GPU empty. As many as four programs a multiprocessor, each with four tiles of keys
+    or more, and the scratch of a longer step allow."""
+    key = ("splits", codec.num_heads, codec.num_kv_heads, device)
+    if key not in requests.plans:
+        requests.plans[key] = _num_splits(codec.num_heads // codec.num_kv_heads, codec.num_kv_heads, requests, device)
+    found: int = requests.plans[key]
+    return found
+
+
+def _num_splits(group: int, num_kv_heads: int, requests: Prefills, device: torch.device) -> int:
+    tile_tokens, _ = query_tile(group, LONG_STEP)
+    tiles = num_query_tiles(requests.num_tokens, requests.num_reqs, LONG_STEP, tile_tokens)
     known = requests.seq_lens_cpu
     longest = requests.max_seq_len if known is None else int(known.max())
-    programs = 4 * multiprocessors(device) // (tiles * codec.num_kv_heads)
-    most = min(programs, longest // (4 * TILE), LATENT_TOKENS // num_tokens)
+    programs = 4 * multiprocessors(device) // (tiles * num_kv_heads)
+    most = min(programs, longest // (4 * TILE), LATENT_TOKENS // requests.num_tokens)
     return next((splits for splits in PREFILL_SPLITS if splits <= most), 1)
 
 

@@ -103,11 +103,11 @@ class KVSpliceMetadataBuilder(AttentionMetadataBuilder[KVSpliceMetadata]):
             m.seq_lens[:num_decodes],
             m.block_table_tensor[:num_decodes],
         )
-        prefills = _prefills(m, num_decodes, num_prefills, decode_tokens, prefill_tokens) if num_prefills else None
-        if prefills is not None:
+        prefills = None
+        if num_prefills:
+            known = None if self.draft_slots else m.seq_lens_cpu_upper_bound  # exact for prefill rows
+            prefills = _prefills(m, known, num_decodes, num_prefills, decode_tokens, prefill_tokens)
             prefills.limits = self.limits
-            if self.draft_slots:
-                prefills.first_chunk, prefills.seq_lens_cpu = [False] * num_prefills, None
         return KVSpliceMetadata(m.num_actual_tokens, m.slot_mapping, decodes, prefills)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> KVSpliceMetadata:
@@ -117,11 +117,13 @@ class KVSpliceMetadataBuilder(AttentionMetadataBuilder[KVSpliceMetadata]):
         return metadata
 
 
-def _prefills(m: CommonAttentionMetadata, skip: int, num_reqs: int, skip_tokens: int, num_tokens: int) -> Prefills:
+def _prefills(
+    m: CommonAttentionMetadata, known: Tensor | None, skip: int, num_reqs: int, skip_tokens: int, num_tokens: int
+) -> Prefills:
+    """``known``: the batch's lengths on the host, None where there are none to go by."""
     stop = skip + num_reqs
     starts = m.query_start_loc_cpu[skip : stop + 1] - skip_tokens
     query_lens = starts[1:] - starts[:-1]
-    known = m.seq_lens_cpu_upper_bound  # exact for prefill rows
     first = [False] * num_reqs if known is None else (known[skip:stop] == query_lens).tolist()
     return Prefills(
         num_reqs,

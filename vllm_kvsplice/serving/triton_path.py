@@ -103,7 +103,7 @@ def prefill(
         fresh_attention(codec, query, *fresh, requests, out)
     # As an upper bound: with the true one every short tail of a prompt would be a kernel variant of its own.
     longest = max(requests.max_query_len, LONG_STEP)
-    splits = cached_prefill.num_splits(codec, requests, query.shape[0], query.device)
+    splits = cached_prefill.num_splits(codec, requests, query.device)
     attend_codes(codec, tensors, query, kv_cache, requests, out, splits, skip_first_chunks=first, max_query_len=longest)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvsplice_kernels.cache_write import write_tiles
+from kvsplice_kernels.checks import next_power_of_2
 from kvsplice_kernels.encode import prepare
 from kvsplice_kernels.project_query import query_tiles
 from kvsplice_kernels.reduce_expand import reduce_tiles
@@ -105,7 +106,7 @@ def decode_steps(
     """(requests, query tokens of each) of few decode steps that meet every variant of every kernel."""
     group, layout = codec.num_heads // codec.num_kv_heads, codec.layout
     both = layout.plan("k", block_size), layout.plan("v", block_size)
-    rank_pad = max(16, 1 << (layout.rank("v") - 1).bit_length())
+    rank_pad = max(16, next_power_of_2(layout.rank("v")))
     query_lens = sorted({min(1 << i, decode_query_len) for i in range(decode_query_len.bit_length() + 1)})
     seen: set[object] = set()
     found: list[tuple[int, int]] = []
@@ -129,7 +130,7 @@ def decode_steps(
 def split_steps(codec: LayerCodec, max_tokens: int) -> list[tuple[int, int]]:
     """(tokens, splits) of few steps that meet every variant of reduce_expand that ``cached_prefill.num_splits`` can ask for."""
     group, layout = codec.num_heads // codec.num_kv_heads, codec.layout
-    rank_pad = max(16, 1 << (layout.rank("v") - 1).bit_length())
+    rank_pad = max(16, next_power_of_2(layout.rank("v")))
     found: dict[object, tuple[int, int]] = {}
     for splits in (1, *PREFILL_SPLITS):
         for tokens in range(1, min(LATENT_TOKENS // splits, max_tokens) + 1):
