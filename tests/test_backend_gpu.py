@@ -214,7 +214,7 @@ def test_a_draft_model_s_tokens_are_accepted(tmp_path: Path) -> None:
     (served,), _ = serve([job(model, text, **GPU, **kvsplice(), speculative_config=drafts)], tmp_path)
     assert served.error is None
     drafted, accepted = (served.metrics[f"vllm:spec_decode_num_{n}_tokens"] for n in ("draft", "accepted"))
-    assert drafted >= 100 and accepted >= 0.9 * drafted, (drafted, accepted)
+    assert drafted >= 100 and accepted >= 0.98 * drafted, (drafted, accepted)  # 216 of 216 on an H200
 
 
 def test_greedy_answers_are_those_without_graphs_and_those_of_the_simulation(tmp_path: Path) -> None:
