@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvsplice_kernels.checks import check_cache, check_dense, check_floats, wide_type
+from kvsplice_kernels.dispatch import dispatch
 from kvsplice_kernels.encode import Prepared
 from kvsplice_kernels.latents import NUM_WARPS, add_product, load_planes, load_rows, num_steps
 from kvsplice_kernels.pdl import launch_dependents, pdl_options, wait
@@ -183,11 +184,11 @@ def check_write(
     check_cache(kv_cache, (k_plan, v_plan))
     if kv_cache.shape[1] != H:
         raise ValueError(f"kv_cache: expected {H} KV heads, got {kv_cache.shape[1]}")
-    for name, plan in (("k", k_plan), ("v", v_plan)):
-        rank = rank_of(plan)
-        encode, offset = getattr(prepared, f"{name}_encode"), getattr(prepared, f"{name}_offset")
-        check_dense(f"{name}_encode", encode, (H, 2, rank, head_dim), torch.bfloat16)
-        check_dense(f"{name}_offset", offset, (H, rank))
+    k_rank, v_rank = rank_of(k_plan), rank_of(v_plan)
+    check_dense("k_encode", prepared.k_encode, (H, 2, k_rank, head_dim), torch.bfloat16)
+    check_dense("k_offset", prepared.k_offset, (H, k_rank))
+    check_dense("v_encode", prepared.v_encode, (H, 2, v_rank, head_dim), torch.bfloat16)
+    check_dense("v_offset", prepared.v_offset, (H, v_rank))
 
 
 def cache_write(
@@ -216,7 +217,8 @@ def cache_write(
     if num_tokens == 0:
         return
     cut = write_tiles(num_tokens, H, head_dim, (k_plan, v_plan))
-    cache_write_kernel[(len(k_plan) + len(v_plan), H, cut.tiles)](
+    dispatch(
+        cache_write_kernel, (len(k_plan) + len(v_plan), H, cut.tiles),
         key, value, kv_cache, slot_mapping, *prepared[:4], num_tokens,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), kv_cache.stride(0), kv_cache.stride(1),
         HEAD_DIM=head_dim, BLOCK_SIZE=kv_cache.shape[2], WIDE=wide_type(wide_dtype),

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every launcher checks by name before a launch: shapes, dtypes, and that a cache is a cache of bytes."""
 
+from functools import lru_cache
+
 import torch
 import triton.language as tl
 from torch import Tensor
+
+from kvsplice_kernels.plan import Plan
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 WIDE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -11,7 +15,7 @@ WIDE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 def check_floats(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """Raise ValueError unless ``tensor`` has this shape, a float dtype that kernels read, and a dense last axis."""
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
     if tensor.dtype not in FLOATS:
         raise ValueError(f"{name}: expected bfloat16, float16 or float32, got {tensor.dtype}")
@@ -19,24 +23,39 @@ def check_floats(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: expected a contiguous last axis, got strides {tensor.stride()}")
 
 
+def check_pair(name: str, tensor: Tensor, other_name: str, other: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless both tensors pass check_floats, with one dtype and one another's strides."""
+    check_floats(name, tensor, shape)
+    check_floats(other_name, other, shape)
+    if other.dtype != tensor.dtype:
+        raise ValueError(f"{other_name}: expected {tensor.dtype}, got {other.dtype}")
+    if other.stride() != tensor.stride():
+        raise ValueError(f"{other_name}: expected the strides {tensor.stride()}, got {other.stride()}")
+
+
 def check_dense(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
     """Raise ValueError unless ``tensor`` is contiguous, of exactly this shape and dtype."""
-    if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
         raise ValueError(
             f"{name}: expected contiguous {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)} "
             f"with strides {tensor.stride()}"
         )
 
 
-def check_cache(kv_cache: Tensor, plans: tuple[tuple[tuple[int, ...], ...], ...]) -> None:
+def check_cache(kv_cache: Tensor, plans: tuple[Plan, ...]) -> None:
     """Raise ValueError unless ``kv_cache`` [num_blocks, H, block_size, C] is uint8 pages that hold ``plans``."""
     if kv_cache.dtype != torch.uint8 or kv_cache.dim() != 4:
         raise ValueError(f"kv_cache: expected uint8 with 4 axes, got {kv_cache.dtype} {tuple(kv_cache.shape)}")
-    block_size, cell = kv_cache.shape[2:]
-    if kv_cache.stride(3) != 1 or kv_cache.stride(2) != cell:
-        raise ValueError(f"kv_cache: expected contiguous (block_size, C) pages, got strides {kv_cache.stride()}")
-    if kv_cache.stride(0) % 4 or kv_cache.stride(1) % 4 or kv_cache.data_ptr() % 4:
-        raise ValueError(f"kv_cache: pages must start on multiples of 4 bytes, got strides {kv_cache.stride()}")
+    (_, _, block_size, cell), strides = kv_cache.shape, kv_cache.stride()
+    if strides[2:] != (cell, 1):
+        raise ValueError(f"kv_cache: expected contiguous (block_size, C) pages, got strides {strides}")
+    if strides[0] % 4 or strides[1] % 4 or kv_cache.data_ptr() % 4:
+        raise ValueError(f"kv_cache: pages must start on multiples of 4 bytes, got strides {strides}")
+    _check_pages(block_size, cell, plans)
+
+
+@lru_cache(maxsize=256)
+def _check_pages(block_size: int, cell: int, plans: tuple[Plan, ...]) -> None:
     if block_size % 16:
         raise NotImplementedError(f"kv_cache: block size {block_size} is not a multiple of 16")
     for plan in plans:

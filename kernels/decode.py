@@ -30,6 +30,7 @@ from kvsplice_kernels.accumulate import (
     weights_of,
 )
 from kvsplice_kernels.checks import check_cache, check_dense, next_power_of_2, wide_type
+from kvsplice_kernels.dispatch import dispatch
 from kvsplice_kernels.launch import Launch, default_launch
 from kvsplice_kernels.logits import Q_STEP, cast_query, load_query, logits
 from kvsplice_kernels.operands import SUB, load_scales, pages_of
@@ -273,7 +274,8 @@ def decode(
     tile_tokens, columns = query_tile(num_heads // H, max_query_len)
     tiles = num_query_tiles(T, num_reqs, max_query_len, tile_tokens)
     launch = launch or default_launch(columns, k_rank + v_rank, v_plan)
-    decode_kernel[(tiles * num_splits, H)](
+    dispatch(
+        decode_kernel, (tiles * num_splits, H),
         q_latent, q_bias, kv_cache, block_table, seq_lens, query_start_loc, latent, lse,
         num_reqs, num_splits, block_table.stride(0), kv_cache.stride(0), kv_cache.stride(1), scale, soft_cap or 1.0,
         GROUP=num_heads // H, BLOCK_SIZE=block_size, WINDOW=sliding_window or 0, SOFT_CAP=bool(soft_cap),

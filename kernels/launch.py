@@ -8,6 +8,8 @@ here; what a GPU likes better is measured by `kvsplice bench launch` and handed 
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
+
 from kvsplice_kernels.operands import num_accumulators
 from kvsplice_kernels.plan import Plan
 
@@ -34,6 +36,12 @@ class Launch:
         """Keyword arguments of a Triton launch."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return options if self.maxnreg is None else options | {"maxnreg": self.maxnreg}
+
+
+@lru_cache(maxsize=8)
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @lru_cache(maxsize=256)

@@ -129,6 +129,13 @@ def part_dims(i: tl.constexpr, PLAN: tl.constexpr, t: tl.constexpr, c: tl.conste
     return tier_start(PLAN, t) + i * tier_row(PLAN, t) + chunk_col(PLAN, t, c) + tl.arange(0, chunk_pad(PLAN, t, c))
 
 
+@triton.jit
+def load_decode(decode_ptr, dims, dims_ok, d, HEAD_DIM: tl.constexpr, RANK: tl.constexpr):
+    """Rows ``dims`` of D^T: [dims, BLOCK_D] fp32, 0 outside."""
+    mask = dims_ok[:, None] & (d < HEAD_DIM)[None, :]
+    return tl.load(decode_ptr + d[None, :] * RANK + dims[:, None], mask=mask, other=0.0)
+
+
 # ---------------------------------------------------------------- places in a page
 @triton.jit
 def load_block(table_ptr, tile, first, end, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr):

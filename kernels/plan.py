@@ -7,12 +7,15 @@ a plane of its own. A byte holds ``num_parts`` codes; part i of a chunk is a run
 part) is one operand of a dot. Kernels keep one tile for each in a flat tuple, in the order tier, chunk, part.
 """
 
+from functools import lru_cache
+
 import triton
 
 Plan = tuple[tuple[int, ...], ...]
 MIN_DOT = 16  # the least contraction of a tl.dot of 16-bit floats
 
 
+@lru_cache(maxsize=256)
 def rank_of(plan: Plan) -> int:
     """Latent dimensions of a plan."""
     return sum(tier[1] for tier in plan)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvsplice_kernels.checks import check_dense, check_floats, next_power_of_2
+from kvsplice_kernels.dispatch import dispatch
 from kvsplice_kernels.latents import NUM_WARPS, add_product, load_planes, load_rows, num_steps
 from kvsplice_kernels.pdl import launch_dependents, pdl_options, wait
 
@@ -124,7 +125,8 @@ def project_query(query: Tensor, k_decode: Tensor, k_mean: Tensor, q_latent: Ten
     if T == 0:
         return
     tiles = query_tiles(T, num_heads // H, head_dim, rank)
-    project_query_kernel[(tiles.columns, H, tiles.tiles)](
+    dispatch(
+        project_query_kernel, (tiles.columns, H, tiles.tiles),
         query, k_decode, k_mean, q_latent, q_bias, T, query.stride(0), query.stride(1),
         H=H, GROUP=num_heads // H, HEAD_DIM=head_dim, RANK=rank,
         BLOCK_M=tiles.block_m, BLOCK_R=tiles.block_r, BLOCK_D=tiles.block_d,

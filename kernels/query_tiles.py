@@ -16,11 +16,11 @@ def num_query_tiles(num_tokens: int, num_reqs: int, max_query_len: int, tile_tok
 
 
 @triton.jit
-def find_tile(index, query_start_loc_ptr, num_reqs, TILE_TOKENS: tl.constexpr, ONE_TILE: tl.constexpr):
+def find_tile(index, query_start_loc_ptr, num_reqs, tile_tokens, ONE_TILE: tl.constexpr):
     """Program index -> (request, first token of the tile within it).
 
     ONE_TILE: no request has more than one tile, index is the request. Else request b owns the indices from
-    query_start_loc[b] // TILE_TOKENS + b on, found by bisection; indices past its last tile start past its tokens.
+    query_start_loc[b] // tile_tokens + b on, found by bisection; indices past its last tile start past its tokens.
     """
     if ONE_TILE:
         return index, index * 0
@@ -28,13 +28,13 @@ def find_tile(index, query_start_loc_ptr, num_reqs, TILE_TOKENS: tl.constexpr, O
         low, high = index * 0, index * 0 + num_reqs
         while high - low > 1:
             middle = (low + high) // 2
-            first = tl.load(query_start_loc_ptr + middle) // TILE_TOKENS + middle
+            first = tl.load(query_start_loc_ptr + middle) // tile_tokens + middle
             if first <= index:
                 low = middle
             else:
                 high = middle
-        first = tl.load(query_start_loc_ptr + low) // TILE_TOKENS + low
-        return low, (index - first) * TILE_TOKENS
+        first = tl.load(query_start_loc_ptr + low) // tile_tokens + low
+        return low, (index - first) * tile_tokens
 
 
 @triton.jit

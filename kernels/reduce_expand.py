@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvsplice_kernels.checks import check_dense, check_floats, next_power_of_2
+from kvsplice_kernels.dispatch import dispatch
 from kvsplice_kernels.latents import add_product
 from kvsplice_kernels.packing import to_float
 from kvsplice_kernels.pdl import pdl_options, wait
@@ -205,7 +206,8 @@ def reduce_expand(
         tiles = -(-num_reqs // cut.tile_tokens)
     else:
         tiles = num_query_tiles(T, num_reqs, max_query_len, cut.tile_tokens)
-    reduce_expand_kernel[(tiles, num_heads // cut.heads, -(-head_dim // cut.block_d))](
+    dispatch(
+        reduce_expand_kernel, (tiles, num_heads // cut.heads, -(-head_dim // cut.block_d)),
         latent, lse, v_decode, v_mean, seq_lens, query_start_loc, out,
         num_reqs, num_splits, out.stride(0), out.stride(1),
         GROUP=group, HEADS=cut.heads, HEAD_DIM=head_dim, RANK=rank, RANK_PAD=rank_pad,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvsplice_kernels.cache_write import check_write, write_job, write_tiles
 from kvsplice_kernels.checks import wide_type
+from kvsplice_kernels.dispatch import dispatch
 from kvsplice_kernels.encode import Prepared
 from kvsplice_kernels.latents import NUM_WARPS
 from kvsplice_kernels.pdl import pdl_options
@@ -111,7 +112,8 @@ def write_and_project(
     programs = num_writes + project.columns * H * project.tiles
     if programs == 0:
         return
-    write_and_project_kernel[(programs,)](
+    dispatch(
+        write_and_project_kernel, (programs,),
         query, key, value, kv_cache, slot_mapping, *prepared[:6], q_latent, q_bias, num_tokens, num_queries, num_writes,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         kv_cache.stride(0), kv_cache.stride(1),

@@ -57,6 +57,7 @@ with interpreter():
         cache_write,
         decode,
         encode,
+        expand_cached,
         fused_expand,
         packing,
         pdl,

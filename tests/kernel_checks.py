@@ -12,6 +12,7 @@ from kernel_cases import (
     attention,
     cache_write,
     encode,
+    expand_cached,
     fused_expand,
     make_batch,
     project_query,
@@ -177,28 +178,30 @@ def nearly_equal(a: Tensor, b: Tensor, atol: float) -> Tensor:
 
 
 def check_expand_cached(case: Case, out_dtype: torch.dtype, device: str = DEVICE) -> None:
-    """expand_cached of V against the reference; rows past the requests' tokens keep NaN."""
+    """expand_cached against the reference; rows past the requests' tokens keep NaN."""
     batch = make_batch(case, device)
-    _, v_decode, mean = batch.bases["v"]
     starts = torch.tensor([0, *case.seq_lens], device=device).cumsum(0).to(torch.int32)
-    out = torch.full((sum(case.seq_lens) + 2, case.num_kv_heads, case.head_dim), float("nan"), device=device)
-    out = out.to(out_dtype)
-    fused_expand.expand_cached(
-        batch.kv_cache, batch.plan("v"), batch.block_table, batch.seq_lens, starts, v_decode, mean, out,
-        max(case.seq_lens), batch.wide_dtype,
+    rows = sum(case.seq_lens) + 2, case.num_kv_heads, case.head_dim
+    outs = {side: torch.full(rows, float("nan"), device=device).to(out_dtype) for side in ("k", "v")}
+    expand_cached.expand_cached(
+        batch.kv_cache, batch.plan("k"), batch.plan("v"), batch.block_table, batch.seq_lens, starts,
+        batch.bases["k"][1:], batch.bases["v"][1:], *outs.values(), max(case.seq_lens), batch.wide_dtype,
     )  # fmt: skip
-    want = []
-    for dtype in (torch.float64, torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float16):
-        rows = []
-        for b, n in enumerate(case.seq_lens):
-            blocks = batch.block_table[b, : -(-n // case.block_size)].long()
-            z = reference.read_side(batch.kv_cache, batch.plan("v"), blocks, torch.float64, batch.wide_dtype)[:, :n]
-            full = reference.expand(z.transpose(0, 1).to(dtype), v_decode.to(dtype), mean.to(dtype))
-            rows.append(full)
-        want.append(torch.cat(rows))
-    n = want[0].shape[0]
-    assert out[n:].isnan().all(), "rows of no request were written"
-    assert_within(out[:n], want[0], want[1], torch.finfo(out_dtype).eps, "expand_cached")
+    for side, out in outs.items():
+        _, decode, mean = batch.bases[side]
+        want = []
+        for dtype in (torch.float64, torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float16):
+            full = []
+            for b, n in enumerate(case.seq_lens):
+                blocks = batch.block_table[b, : -(-n // case.block_size)].long()
+                z = reference.read_side(batch.kv_cache, batch.plan(side), blocks, torch.float64, batch.wide_dtype)[
+                    :, :n
+                ]
+                full.append(reference.expand(z.transpose(0, 1).to(dtype), decode.to(dtype), mean.to(dtype)))
+            want.append(torch.cat(full))
+        n = want[0].shape[0]
+        assert out[n:].isnan().all(), "rows of no request were written"
+        assert_within(out[:n], want[0], want[1], torch.finfo(out_dtype).eps, f"expand_cached {side}")
 
 
 def check_fused_expand(

@@ -161,15 +161,13 @@ def test_warming_up_covers_what_is_launched(scratch: list[int], monkeypatch: pyt
                                              self.kernel[grid](*args, **options))  # fmt: skip
 
     for name in ("expand_cached_kernel", "copy_fresh_kernel"):
-        monkeypatch.setattr(cases.fused_expand, name, Recorded(getattr(cases.fused_expand, name)))
-    monkeypatch.setattr(cases.fused_expand, "LONG_ROWS", 256)
-    monkeypatch.setattr(cached_prefill, "LONG_ROWS", 256)
+        monkeypatch.setattr(cases.expand_cached, name, Recorded(getattr(cases.expand_cached, name)))
     batch = cases.make_batch(cases.Case(seq_lens=(30, 300, 20), query_lens=(30, 9, 5), k=A8_4, v=A8_4))
     bases = Bases(*batch.bases["k"], *batch.bases["v"])
     cached_prefill.warm_up(codec_of(batch.case), bases, batch.kv_cache, batch.case.dtype)
     warmed, variants[:] = set(variants), []
     run(batch, (batch.key[:44], batch.value[:44]), Flash())
-    assert len(warmed) == 5 and set(variants) <= warmed  # K and V, short and long; one copy
+    assert len(warmed) == 2 and set(variants) <= warmed  # expansion and copy
 
 
 def test_reference_is_what_the_cpu_serves() -> None:

@@ -10,7 +10,6 @@ codes too, but for first chunks that attend to fresh keys and values, which are 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvsplice_kernels.decode import TILE, query_tile
-from kvsplice_kernels.fused_expand import LONG_ROWS, START_MULTIPLE, copy_fresh, expand_cached
+from kvsplice_kernels.expand_cached import START_MULTIPLE, copy_fresh, expand_cached
+from kvsplice_kernels.launch import multiprocessors
 from kvsplice_kernels.query_tiles import num_query_tiles
 from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits
 from vllm_kvsplice.serving.metadata import Prefills
@@ -36,8 +36,8 @@ LATENT_TOKENS = (
     1024  # above so many tokens a step is expanded in any case: bounds what the latent kernel's scratch takes
 )
 # Few rows leave the GPU empty, and their longest run of keys is what the latent kernel waits for: 1.86 ms for 32768 keys in
-# one split on an H200. Expanding them takes the time of the bytes above, and some 50 us for FlashAttention over few rows.
-KEY_US, EXPANDED_KEY_US, EXPANDED_US = 1856 / 32768, 0.29e-3, 50.0
+# one split on an H200. Expanding them takes the time of the bytes above, and a piece some 80 us on the host and in FlashAttention.
+KEY_US, EXPANDED_KEY_US, PIECE_US = 1856 / 32768, 0.29e-3, 80.0
 PREFILL_SPLITS = (32, 8)  # of the keys, of few prefill tokens: each is variants of reduce_expand to compile
 LONG_STEP = 1024  # tokens: past the sizes at which the launchers change their tiles
 
@@ -75,8 +75,8 @@ class OnDevice(NamedTuple):
 class Piece:
     """A span of a step as it is launched."""
 
-    requests: slice  # of the step
-    tokens: slice
+    block_table: Tensor  # of its requests
+    tokens: slice  # of the step
     num_keys: int
     max_query_len: int
     max_num_keys: int
@@ -85,6 +85,14 @@ class Piece:
     keeps_lse: bool  # another piece follows that merges into the same rows
     has_fresh: bool
     on_device: OnDevice
+
+
+class Scratch(NamedTuple):
+    """Of a step, from the workspace."""
+
+    keys: list[tuple[Tensor, Tensor]]  # keys and values of each piece
+    part: Tensor  # output of a piece that is merged
+    lse: Tensor
 
 
 # ---------------------------------------------------------------- host numbers
@@ -190,12 +198,6 @@ def _num_splits(group: int, num_kv_heads: int, requests: Prefills, device: torch
     return next((splits for splits in PREFILL_SPLITS if splits <= most), 1)
 
 
-@lru_cache(maxsize=8)
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 1 elsewhere."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def _plan(
     requests: Prefills,
     splits: int,
@@ -211,16 +213,18 @@ def _plan(
     fresh = np.array(requests.first_chunk) & with_fresh
     visible = np.where(fresh, 0, np.minimum(seq_lens, query_lens + (window or requests.max_seq_len)))
     rows = (query_lens * visible).sum() * group
+    spans = cut(query_lens, seq_lens, window, capacity)
     latent_us = KEY_US * visible.max() / splits
-    expanded_us = EXPANDED_US + EXPANDED_KEY_US * num_kv_heads * visible.sum()
+    expanded_us = PIECE_US * len(spans) + EXPANDED_KEY_US * num_kv_heads * visible.sum()
     few = requests.num_tokens <= LATENT_TOKENS and rows < EXPAND_FROM_ROWS * visible.sum()
     if few and latent_us <= expanded_us:
         return None
-    spans = cut(query_lens, seq_lens, window, capacity)
-    return _to_device(spans, query_start_loc, fresh, device)
+    return _to_device(spans, query_start_loc, fresh, requests.block_table, device)
 
 
-def _to_device(spans: list[Span], query_start_loc: Ints, fresh: NDArray[np.bool_], device: torch.device) -> list[Piece]:
+def _to_device(
+    spans: list[Span], query_start_loc: Ints, fresh: NDArray[np.bool_], block_table: Tensor, device: torch.device
+) -> list[Piece]:
     """Pieces of the spans, their numbers in one copy."""
     packed: list[Ints] = []
     for span in spans:
@@ -234,7 +238,7 @@ def _to_device(spans: list[Span], query_start_loc: Ints, fresh: NDArray[np.bool_
         bounds, keys = query_start_loc[span.first : span.last + 1], span.stops - span.starts
         pieces.append(
             Piece(
-                requests=slice(span.first, span.last),
+                block_table=block_table[span.first : span.last],
                 tokens=slice(int(bounds[0]), int(bounds[-1])),
                 num_keys=int(keys.sum()),
                 max_query_len=int(np.diff(bounds).max()),
@@ -264,13 +268,10 @@ def attend(
 
     ``fresh``: key and value [T, H, head_dim] of the step, for first chunks; None: those read their codes as well.
     """
-    long = max((p.tokens.stop - p.tokens.start for p in pieces if p.merged), default=0)
-    shapes = _shapes(codec, max(p.num_keys for p in pieces), long, query.dtype)
-    key, value, part, other_lse = workspace(*shapes)
+    keys, part, other_lse = _scratch(codec, requests, pieces, query.dtype)
     lse = spare = other_lse
-    for piece in pieces:
-        k, v = key[: piece.num_keys], value[: piece.num_keys]
-        _fill(codec, bases, fresh, kv_cache, requests.block_table[piece.requests], piece, k, v)
+    for piece, (k, v) in zip(pieces, keys, strict=True):
+        _fill(codec, bases, fresh, kv_cache, piece, k, v)
         q, rows = query[piece.tokens], out[piece.tokens]
         if not piece.merged:
             lse, spare = _attend_piece(codec, q, k, v, rows, piece, flash), other_lse
@@ -282,33 +283,49 @@ def attend(
         lse, spare = merged, lse
 
 
+def _scratch(codec: LayerCodec, requests: Prefills, pieces: list[Piece], dtype: torch.dtype) -> Scratch:
+    """From the workspace, once in a step for layers of one kind: the host's time is what a short step takes."""
+    kind = (
+        "scratch",
+        id(pieces),
+        codec.num_heads,
+        codec.layout.head_dim,
+        dtype,
+    )  # plans holds the pieces, so no id comes again
+    if kind not in requests.plans:
+        long = max((p.tokens.stop - p.tokens.start for p in pieces if p.merged), default=0)
+        key, value, part, lse = workspace(*_shapes(codec, max(p.num_keys for p in pieces), long, dtype))
+        requests.plans[kind] = Scratch([(key[: p.num_keys], value[: p.num_keys]) for p in pieces], part, lse)
+    found: Scratch = requests.plans[kind]
+    return found
+
+
 def _fill(
     codec: LayerCodec,
     bases: Bases,
     fresh: tuple[Tensor, Tensor] | None,
     kv_cache: Tensor,
-    block_table: Tensor,
     piece: Piece,
     key: Tensor,
     value: Tensor,
 ) -> None:
     """A piece's keys and values into scratch [num_keys, H, head_dim]."""
-    sides = (("k", bases.k_decode, bases.k_mean, key), ("v", bases.v_decode, bases.v_mean, value))
-    for side, decode, mean, out in sides:
-        expand_cached(
-            kv_cache,
-            codec.layout.plan(side, kv_cache.shape[2]),  # type: ignore[arg-type]
-            block_table,
-            piece.on_device.ends,
-            piece.on_device.cu_seqlens,
-            decode,
-            mean,
-            out,
-            piece.max_num_keys,
-            codec.wide_dtype,
-            piece.on_device.starts,
-            piece.on_device.firsts,
-        )
+    expand_cached(
+        kv_cache,
+        codec.layout.plan("k", kv_cache.shape[2]),
+        codec.layout.plan("v", kv_cache.shape[2]),
+        piece.block_table,
+        piece.on_device.ends,
+        piece.on_device.cu_seqlens,
+        (bases.k_decode, bases.k_mean),
+        (bases.v_decode, bases.v_mean),
+        key,
+        value,
+        piece.max_num_keys,
+        codec.wide_dtype,
+        piece.on_device.starts,
+        piece.on_device.firsts,
+    )
     if fresh is not None and piece.has_fresh:
         own_key, own_value = (x[piece.tokens] for x in fresh)
         copy_fresh(
@@ -350,12 +367,10 @@ def _attend_piece(
 
 
 def warm_up(codec: LayerCodec, bases: Bases, kv_cache: Tensor, dtype: torch.dtype) -> None:
-    """Compile what ``attend`` launches, for short and long contexts; nothing is computed."""
+    """Compile what ``attend`` launches; nothing is computed."""
     heads, head_dim, device = codec.num_kv_heads, codec.layout.head_dim, kv_cache.device
     zero = torch.zeros(1, dtype=torch.int32, device=device)
     bounds, row = zero.expand(2).contiguous(), torch.zeros(1, heads, head_dim, dtype=dtype, device=device)
     on_device = OnDevice(bounds, bounds, zero, zero, zero)
-    piece = Piece(slice(0, 1), slice(0, 1), 1, 1, 1, True, False, False, True, on_device)
-    for rows in (1, LONG_ROWS // heads + 1):
-        many = row.expand(rows, -1, -1)  # as many rows as choose a variant, all of them one
-        _fill(codec, bases, (row, row), kv_cache, zero[None], piece, many, many)
+    piece = Piece(zero[None], slice(0, 1), 1, 1, 1, True, False, False, True, on_device)
+    _fill(codec, bases, (row, row), kv_cache, piece, row, row)

@@ -17,12 +17,12 @@ from triton import cdiv, next_power_of_2
 from kvsplice_kernels.attention import Workspace, choose_num_splits, paged_attention, workspace_shapes
 from kvsplice_kernels.cache_write import cache_write
 from kvsplice_kernels.encode import Prepared
-from kvsplice_kernels.launch import Launch
+from kvsplice_kernels.launch import Launch, multiprocessors
 from kvsplice_kernels.write_and_project import write_and_project
 from vllm_kvsplice.launch import tuned
 from vllm_kvsplice.serving import cached_prefill, fallback_attention
 from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits, bases_of, prepared_of
-from vllm_kvsplice.serving.cached_prefill import LONG_STEP, multiprocessors
+from vllm_kvsplice.serving.cached_prefill import LONG_STEP
 from vllm_kvsplice.serving.metadata import Prefills, Requests
 from vllm_kvsplice.serving.refusals import FLASH_HEAD_DIM
 from vllm_kvsplice.serving.vllm_compat import flash_attention, workspace
