@@ -96,6 +96,33 @@ def test_prefill_is_quoted_as_measured():
         assert f"| {shown} | {bf16:.1f} | {bf16 / fp8:.2f}x | {cells} |" in PERFORMANCE
 
 
+def test_few_new_tokens_are_quoted_as_measured():
+    rows = RESULTS["prefill-tails-h200"]["rows"]
+    speeds = []
+    for (batch, new, context), shown in (
+        ((1, 8, 32776), "1 x 8 tokens after 32768"),
+        ((1, 16, 32784), "1 x 16 after 32768"),
+        ((1, 36, 32804), "1 x 36 after 32768"),
+        ((4, 16, 8208), "4 x 16 after 8192"),
+        ((1, 512, 8704), "1 x 512 after 8192"),
+        ((1, 256, 256), "1 x 256, nothing cached"),
+        ((1, 8192, 40960), "1 x 8192 after 32768"),
+    ):
+        us = {
+            (r["kernel"], r["preset"]): r["p50_us"]
+            for r in rows
+            if (r["batch"], r["query_len"], r["context"]) == (batch, new, context)
+        }
+        bf16, fp8 = (us["flash-attention-3", p] for p in ("bf16", "fp8"))
+        ours, write, attention = (
+            us[f"kvsplice{stage}", "near_lossless"] for stage in ("", ": cache_write", ": attention")
+        )
+        cells = f"{bf16:.1f} | {bf16 / fp8:.2f}x | {ours:.1f} ({bf16 / ours:.2f}x) | {write:.1f} | {attention:.1f}"
+        assert f"| {shown} | {cells} |" in PERFORMANCE
+        speeds.append(bf16 / ours)
+    assert len(rows) == 7 * 9 and max(speeds[:-1]) < 0.67 and speeds[-1] > 1
+
+
 def test_head_dim_64_gains_less_on_an_h200():
     for gpu, quoted in (("h200", "smaller, {:.1f} to {:.1f} times"), ("h100", "H100 it was {:.1f} to {:.1f} (")):
         rows = [r for r in RESULTS[f"kernels-d64-{gpu}"]["rows"] if r["kernel"] == "kvsplice"]
