@@ -3,7 +3,8 @@
 
 In: a jit function, its grid, arguments and constants. Triton binds, specialises and prints all of them into a string for every
 launch, 25 us for a kernel of ours: more than most take on the GPU, and prefills are launched, not replayed. From the second
-launch of a kind on, its compiled kernel is called by Triton's own ``compiled[grid](*args)``.
+launch of a kind on, its compiled kernel is called by Triton's own ``compiled[grid](*args)``. Triton's debugging knobs that change what
+is compiled are therefore read once.
 """
 
 from typing import Any
@@ -37,7 +38,7 @@ def dispatch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -
 def kind(argument: Any) -> Any:
     """What Triton may compile a variant for, or a finer distinction: equal kinds are served by one compiled kernel."""
     if type(argument) is int:
-        return argument == 1, argument % 16 == 0, argument.bit_length() > 31
+        return argument == 1, argument % 16 == 0, -(1 << 31) <= argument < 1 << 31, argument < 1 << 63
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
     return type(argument)

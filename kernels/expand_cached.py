@@ -242,7 +242,7 @@ def expand_cached(
         ValueError: a tensor has the wrong dtype, shape or strides.
     """
     H, block_size = kv_cache.shape[1:3]
-    num_rows, head_dim = key.shape[0], key.shape[2]
+    num_rows, head_dim = key.shape[0], k_basis[0].shape[1]
     k_rank, v_rank = rank_of(k_plan), rank_of(v_plan)
     check_cache(kv_cache, (k_plan, v_plan))
     num_reqs = check_requests(block_table, seq_lens, cu_seqlens)

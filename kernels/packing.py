@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codes in a page: arithmetic and places that cache_write, decode and fused_expand share.
+"""Codes in a page: arithmetic and places that cache_write, decode, expand_cached and fused_expand share.
 
 In come tier plans (plain tuples of integers) and page pointers; out go pointers, and codes as exact fp16 tiles. The meaning is
 reference.unpack and dequantize. Rounding and packing are in quantize, the operands of decode in operands.

@@ -33,7 +33,7 @@ def variants() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Arguments and constants that Triton tells apart, and some that it does not."""
     room = torch.empty(64)
     pointers = room, room[1:], room[4:], room.to(torch.bfloat16)
-    counts, strides, plans = (1, 7, 16), (1, 3, 16, 1 << 40), (((8, 1),), ((4, 1), (2, 2)))
+    counts, strides, plans = (1, 7, 16), (1, 3, 16, 1 << 40, -(1 << 31)), (((8, 1),), ((4, 1), (2, 2)))
     found = []
     for x, y, count, stride in itertools.product(pointers, pointers[:2], counts, strides):
         found.append(((x, y, count, stride, 0.5), dict(BLOCK=16, PLAN=plans[0], num_warps=1)))

@@ -91,6 +91,8 @@ def test_wrong_arguments_are_named() -> None:
         expand_cached.expand_cached(*args, bases[0], (bases[1][0], bases[1][1].half()), *outs, 37)
     with pytest.raises(ValueError, match="^value: expected torch.float32"):
         expand_cached.expand_cached(*args, *bases, outs[0], outs[1].half(), 37)
+    with pytest.raises(ValueError, match=r"^key: expected shape \(38, 2, 64\), got \(38, 2, 32\)"):
+        expand_cached.expand_cached(*args, *bases, *outs[..., :32], 37)
     key = torch.empty(4, 2, 64, device=cases.DEVICE)
     with pytest.raises(ValueError, match="^value_out: expected torch.float32"):
         expand_cached.copy_fresh(key, key, bounds, starts, bounds, key, key.half())

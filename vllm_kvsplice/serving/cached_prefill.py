@@ -30,7 +30,7 @@ CONTEXT_TOKENS = 32 * 1024  # of scratch: 64 MiB of K and V at 4 KV heads of 128
 # Query rows (tokens x query heads per KV head) from which expanding pays, per cached token and KV head: expanding moves
 # near_lossless 164 + 1024 bytes (codes read, 16-bit K and V written and read), 0.29 ns at 4.2 TB/s; each row costs 512 flops
 # at head_dim 128, on the latent kernel at a third of FlashAttention-3's 650 TFLOP/s, so 1.6 ps more there. They meet at 180
-# rows; more than that, as three launches are added.
+# rows; more than that, as two launches are added.
 EXPAND_FROM_ROWS = 256
 LATENT_TOKENS = (
     1024  # above so many tokens a step is expanded in any case: bounds what the latent kernel's scratch takes
@@ -285,13 +285,8 @@ def attend(
 
 def _scratch(codec: LayerCodec, requests: Prefills, pieces: list[Piece], dtype: torch.dtype) -> Scratch:
     """From the workspace, once in a step for layers of one kind: the host's time is what a short step takes."""
-    kind = (
-        "scratch",
-        id(pieces),
-        codec.num_heads,
-        codec.layout.head_dim,
-        dtype,
-    )  # plans holds the pieces, so no id comes again
+    # plans holds the pieces, so that no other list gets their id.
+    kind = "scratch", id(pieces), codec.num_heads, codec.layout.head_dim, dtype
     if kind not in requests.plans:
         long = max((p.tokens.stop - p.tokens.start for p in pieces if p.merged), default=0)
         key, value, part, lse = workspace(*_shapes(codec, max(p.num_keys for p in pieces), long, dtype))
