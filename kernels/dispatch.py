@@ -2,7 +2,7 @@
 """Launching a kernel again costs the host little: by what Triton compiled, without searching for the variant anew.
 
 In: a jit function, its grid, arguments and constants. Triton binds, specialises and prints all of them into a string for every
-launch, 25 us for a kernel of ours: more than most take on the GPU, and prefills are launched, not replayed. From the second
+launch, some 25 us on the host for a kernel of ours: more than most take on the GPU, and prefills are launched, not replayed. From the second
 launch of a kind on, its compiled kernel is called by Triton's own ``compiled[grid](*args)``. Triton's debugging knobs that change what
 is compiled are therefore read once.
 """

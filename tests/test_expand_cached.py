@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """expand_cached against reference.dequantize and expand; copy_fresh."""
 
+from collections.abc import Iterator
+
 import kernel_cases as cases
 import kernel_checks as checks
 import pytest
@@ -11,9 +13,11 @@ A8_4 = cases.A8_4
 
 
 @pytest.fixture(params=[1, 1000], ids=["few-programs", "a-tile-each"], autouse=True)
-def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Many tiles in a program, as on a long context, or one."""
     monkeypatch.setattr(expand_cached, "PROGRAMS", request.param)
+    expand_cached.expand_tiles.cache_clear()
+    yield
     expand_cached.expand_tiles.cache_clear()
 
 
