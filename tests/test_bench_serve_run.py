@@ -11,6 +11,7 @@ import sys
 import textwrap
 from contextlib import nullcontext
 from pathlib import Path
+from statistics import median
 
 import pytest
 from rich.console import Console
@@ -147,12 +148,13 @@ def test_a_setting_that_fails_does_not_take_the_others_along(monkeypatch, tmp_pa
 def test_the_whole_on_a_cpu(tmp_path):
     """Two real engines, the smallest calls there are, as a user would run them.
 
-    Chunks of 32 tokens: a busy machine delivers shorter ones merged, and then there is no time per token.
+    Chunks of 32 tokens: a busy machine delivers shorter ones merged, and then there is no time per token,
+    which was seen with these too, in one decode: one of the six must have it.
     """
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "config.json").write_text(json.dumps(TINY))
     command = """
-        bench serve tiny --dummy --setting bf16 --setting kvsplice:near_lossless --point 2x64,999x64 --point-output 129 --repeats 1 --stream-interval 32
+        bench serve tiny --dummy --setting bf16 --setting kvsplice:near_lossless --point 2x64,999x64 --point-output 129 --repeats 3 --stream-interval 32
         --concurrency 2 --sweep-input 48 --sweep-output 9 --sweep-rounds 1 --sweep-returning --kv-cache-memory-bytes 8000000
         --json r.json --logs logs --serve-args
     """
@@ -163,12 +165,17 @@ def test_the_whole_on_a_cpu(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     stock, ours = json.loads((tmp_path / "r.json").read_text())["settings"]
     assert ours["capacity"]["tokens"] > 2.5 * stock["capacity"]["tokens"]  # 84 bytes for 256
+    times = []
     for record in (stock, ours):
         point, skipped = record["points"]
         decode, sweep = point["decode"][0], record["sweep"][0]
+        steady = [d["steady_tpot_ms"] for d in point["decode"] if d["steady_requests"]]
+        assert len(point["decode"]) == 3 and point["tpot_ms"] == (median(steady) if steady else None)
+        times += steady
         assert "do not fit" in skipped["skipped"] and skipped["tpot_ms"] is None
         assert point["prefill"]["prefix_hit_share"] == 0.0 and decode["prefix_hit_share"] == 0.5  # one block of two
-        assert point["tpot_ms"] == decode["steady_tpot_ms"] > 0 and point["prefill_tok_s"] > 0
+        assert point["prefill_tok_s"] > 0
         assert decode["vllm"]["total_input_tokens"] == 2 * 64 and decode["vllm"]["total_output_tokens"] == 2 * 129
         assert sweep["fresh"]["vllm"]["output_throughput"] > 0 and sweep["returning"]["prefix_hit_share"] > 0
+    assert times and min(times) > 0
     assert list(tmp_path.glob("kvsplice-*")) == []
