@@ -10,12 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvsplice_kernels.decode import TILE, decode
+from kvsplice_kernels.decode import TILE, bind_decode
+from kvsplice_kernels.dispatch import Bound
 from kvsplice_kernels.encode import Prepared
 from kvsplice_kernels.launch import PROGRAMS, Launch
 from kvsplice_kernels.plan import Plan, rank_of
-from kvsplice_kernels.project_query import project_query
-from kvsplice_kernels.reduce_expand import reduce_expand
+from kvsplice_kernels.project_query import bind_project
+from kvsplice_kernels.reduce_expand import bind_reduce
 
 MOST_SPLITS = 512
 
@@ -27,6 +28,31 @@ class Workspace(NamedTuple):
     q_bias: Tensor  # [T, num_heads]
     latent: Tensor  # [T, num_heads, num_splits, v_rank]
     lse: Tensor  # [T, num_heads, num_splits]
+
+
+class BoundAttention(NamedTuple):
+    """``paged_attention`` of tensors like those that it was bound for, in its workspace."""
+
+    project: Bound | None  # None: the workspace holds the queries already
+    decode: Bound
+    reduce: Bound
+    work: Workspace
+
+    def __call__(
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        prepared: Prepared,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        query_start_loc: Tensor,
+        out: Tensor,
+    ) -> None:
+        q_latent, q_bias, latent, lse = self.work
+        if self.project is not None:
+            self.project(query, prepared.k_decode, prepared.k_mean, q_latent, q_bias)
+        self.decode(q_latent, q_bias, kv_cache, block_table, seq_lens, query_start_loc, latent, lse)
+        self.reduce(latent, lse, prepared.v_decode, prepared.v_mean, seq_lens, query_start_loc, out)
 
 
 def workspace_shapes(
@@ -86,39 +112,49 @@ def paged_attention(
     Raises:
         ValueError: a tensor has the wrong dtype, shape or strides.
     """
+    bound = bind_attention(
+        query, kv_cache, k_plan, v_plan, prepared, block_table, seq_lens, query_start_loc, scale, out, max_query_len,
+        num_splits, sliding_window, soft_cap, wide_dtype, skip_first_chunks, workspace, projected, launch,
+    )  # fmt: skip
+    bound(query, kv_cache, prepared, block_table, seq_lens, query_start_loc, out)
+
+
+def bind_attention(
+    query: Tensor,
+    kv_cache: Tensor,
+    k_plan: Plan,
+    v_plan: Plan,
+    prepared: Prepared,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    scale: float,
+    out: Tensor,
+    max_query_len: int,
+    num_splits: int,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    wide_dtype: torch.dtype,
+    skip_first_chunks: bool,
+    workspace: Workspace | None,
+    projected: bool,
+    launch: Launch | None,
+) -> BoundAttention:
+    """The launches of ``paged_attention`` for tensors like these."""
     num_tokens, num_heads, _ = query.shape
     if workspace is None:
         shapes = workspace_shapes(num_tokens, num_heads, rank_of(k_plan), rank_of(v_plan), num_splits)
         workspace = Workspace(*(torch.empty(s, dtype=torch.float32, device=query.device) for s in shapes))
-    if not projected:
-        project_query(query, prepared.k_decode, prepared.k_mean, workspace.q_latent, workspace.q_bias)
-    decode(
-        workspace.q_latent,
-        workspace.q_bias,
-        kv_cache,
-        k_plan,
-        v_plan,
-        block_table,
-        seq_lens,
-        query_start_loc,
-        workspace.latent,
-        workspace.lse,
-        scale,
-        max_query_len,
-        sliding_window,
-        soft_cap,
-        wide_dtype,
-        skip_first_chunks,
-        launch,
-    )
-    reduce_expand(
-        workspace.latent,
-        workspace.lse,
-        prepared.v_decode,
-        prepared.v_mean,
-        seq_lens,
-        query_start_loc,
-        out,
-        max_query_len,
-        skip_first_chunks,
-    )
+    q_latent, q_bias, latent, lse = workspace
+    return BoundAttention(
+        None if projected else bind_project(query, prepared.k_decode, prepared.k_mean, q_latent, q_bias),
+        bind_decode(
+            q_latent, q_bias, kv_cache, k_plan, v_plan, block_table, seq_lens, query_start_loc, latent, lse, scale,
+            max_query_len, sliding_window, soft_cap, wide_dtype, skip_first_chunks, launch,
+        ),
+        bind_reduce(
+            latent, lse, prepared.v_decode, prepared.v_mean, seq_lens, query_start_loc, out, max_query_len,
+            skip_first_chunks,
+        ),
+        workspace,
+    )  # fmt: skip

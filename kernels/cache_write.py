@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvsplice_kernels.checks import check_cache, check_dense, check_floats, wide_type
-from kvsplice_kernels.dispatch import dispatch
+from kvsplice_kernels.dispatch import Bound
 from kvsplice_kernels.encode import Prepared
 from kvsplice_kernels.latents import NUM_WARPS, add_product, load_planes, load_rows, num_steps
 from kvsplice_kernels.pdl import launch_dependents, pdl_options, wait
@@ -212,14 +212,26 @@ def cache_write(
     Raises:
         ValueError: a tensor has the wrong dtype, shape or strides.
     """
+    bound = bind_write(key, value, kv_cache, slot_mapping, prepared, k_plan, v_plan, wide_dtype)
+    bound(key, value, kv_cache, slot_mapping, *prepared[:4])
+
+
+def bind_write(
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    prepared: Prepared,
+    k_plan: Plan,
+    v_plan: Plan,
+    wide_dtype: torch.dtype,
+) -> Bound:
+    """``cache_write`` of tensors like these: takes (key, value, kv_cache, slot_mapping, *prepared[:4])."""
     check_write(key, value, kv_cache, slot_mapping, prepared, k_plan, v_plan)
     num_tokens, (H, head_dim) = slot_mapping.shape[0], key.shape[1:]
-    if num_tokens == 0:
-        return
     cut = write_tiles(num_tokens, H, head_dim, (k_plan, v_plan))
-    dispatch(
-        cache_write_kernel, (len(k_plan) + len(v_plan), H, cut.tiles),
-        key, value, kv_cache, slot_mapping, *prepared[:4], num_tokens,
+    return Bound(
+        cache_write_kernel, (len(k_plan) + len(v_plan), H, cut.tiles), num_tokens,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), kv_cache.stride(0), kv_cache.stride(1),
         HEAD_DIM=head_dim, BLOCK_SIZE=kv_cache.shape[2], WIDE=wide_type(wide_dtype),
         K_RANK=rank_of(k_plan), K_PLAN=k_plan, V_RANK=rank_of(v_plan), V_PLAN=v_plan,

@@ -30,7 +30,7 @@ from kvsplice_kernels.accumulate import (
     weights_of,
 )
 from kvsplice_kernels.checks import check_cache, check_dense, next_power_of_2, wide_type
-from kvsplice_kernels.dispatch import dispatch
+from kvsplice_kernels.dispatch import Bound
 from kvsplice_kernels.launch import Launch, default_launch
 from kvsplice_kernels.logits import Q_STEP, cast_query, load_query, logits
 from kvsplice_kernels.operands import SUB, load_scales, pages_of
@@ -259,6 +259,33 @@ def decode(
     Raises:
         ValueError: a tensor has the wrong dtype, shape or strides.
     """
+    bound = bind_decode(
+        q_latent, q_bias, kv_cache, k_plan, v_plan, block_table, seq_lens, query_start_loc, latent, lse, scale,
+        max_query_len, sliding_window, soft_cap, wide_dtype, skip_first_chunks, launch,
+    )  # fmt: skip
+    bound(q_latent, q_bias, kv_cache, block_table, seq_lens, query_start_loc, latent, lse)
+
+
+def bind_decode(
+    q_latent: Tensor,
+    q_bias: Tensor,
+    kv_cache: Tensor,
+    k_plan: Plan,
+    v_plan: Plan,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    latent: Tensor,
+    lse: Tensor,
+    scale: float,
+    max_query_len: int,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    wide_dtype: torch.dtype,
+    skip_first_chunks: bool,
+    launch: Launch | None,
+) -> Bound:
+    """``decode`` of tensors like these: takes (q_latent, q_bias, kv_cache, block_table, seq_lens, query_start_loc, latent, lse)."""
     T, num_heads, k_rank = q_latent.shape
     H, block_size, num_splits, v_rank = kv_cache.shape[1], kv_cache.shape[2], lse.shape[-1], rank_of(v_plan)
     check_cache(kv_cache, (k_plan, v_plan))
@@ -269,14 +296,11 @@ def decode(
     check_dense("lse", lse, (T, num_heads, num_splits))
     if num_heads % H:
         raise ValueError(f"q_latent: expected a multiple of {H} heads, got {num_heads}")
-    if T == 0 or num_reqs == 0:
-        return
     tile_tokens, columns = query_tile(num_heads // H, max_query_len)
-    tiles = num_query_tiles(T, num_reqs, max_query_len, tile_tokens)
+    tiles = num_query_tiles(T, num_reqs, max_query_len, tile_tokens) if T > 0 and num_reqs > 0 else 0
     launch = launch or default_launch(columns, k_rank + v_rank, v_plan)
-    dispatch(
+    return Bound(
         decode_kernel, (tiles * num_splits, H),
-        q_latent, q_bias, kv_cache, block_table, seq_lens, query_start_loc, latent, lse,
         num_reqs, num_splits, block_table.stride(0), kv_cache.stride(0), kv_cache.stride(1), scale, soft_cap or 1.0,
         GROUP=num_heads // H, BLOCK_SIZE=block_size, WINDOW=sliding_window or 0, SOFT_CAP=bool(soft_cap),
         WIDE=wide_type(wide_dtype), SKIP_FIRST_CHUNKS=skip_first_chunks, ONE_TILE=max_query_len <= tile_tokens,

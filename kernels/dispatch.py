@@ -5,34 +5,48 @@ In: a jit function, its grid, arguments and constants. Triton binds, specialises
 launch, some 25 us on the host for a kernel of ours: more than most take on the GPU, and prefills are launched, not replayed. From the second
 launch of a kind on, its compiled kernel is called by Triton's own ``compiled[grid](*args)``. Triton's debugging knobs that change what
 is compiled are therefore read once.
+
+``Bound`` is a launch without its tensors: what the layers of a step have in common, checked and looked up once for all of them.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-# (kernel, device, kinds of arguments, constants) -> compiled kernel and its constants in the order of its signature
-_compiled: dict[tuple[Any, ...], tuple[Any, CompiledKernel, tuple[Any, ...]]] = {}
+
+class Compiled(NamedTuple):
+    """A variant, and its constants in the order of the signature; ``function`` keeps its id from being given to another."""
+
+    function: Any
+    kernel: CompiledKernel
+    constants: tuple[Any, ...]
 
 
-def dispatch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """kernel[grid](*args, **constants); ``args`` are all that is not constexpr, in the order of the signature."""
+_compiled: dict[tuple[Any, ...], Compiled] = {}  # of (function, device, kinds of arguments, constants)
+
+
+def dispatch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> Compiled | None:
+    """kernel[grid](*args, **constants); ``args`` are all that is not constexpr, in the order of the signature.
+
+    Returns what serves the same kinds of arguments again, if there is such a thing.
+    """
     if not isinstance(kernel, JITFunction):  # the interpreter's, or a test's
         kernel[grid](*args, **constants)
-        return
+        return None
     key = (id(kernel), driver.active.get_current_device(), *map(kind, args), *constants.items())
     found = _compiled.get(key)
-    if found is not None and found[0] is kernel:
-        found[1][(*grid, 1, 1)[:3]](*args, *found[2])
-        return
+    if found is not None and found.function is kernel:
+        found.kernel[_three(grid)](*args, *found.constants)
+        return found
     compiled = kernel[grid](*args, **constants)
     # Elsewhere Triton may specialise on more than ``kind`` tells apart (on AMD, a tensor's bytes).
     if isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":
         rest = tuple(constants[name] for name in kernel.arg_names[len(args) :])
-        _compiled[key] = kernel, compiled, rest
+        return _compiled.setdefault(key, Compiled(kernel, compiled, rest))
+    return None
 
 
 def kind(argument: Any) -> Any:
@@ -40,5 +54,39 @@ def kind(argument: Any) -> Any:
     if type(argument) is int:
         return argument == 1, argument % 16 == 0, -(1 << 31) <= argument < 1 << 31, argument < 1 << 63
     if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
+        return kind_of_tensor(argument)
     return type(argument)
+
+
+def kind_of_tensor(tensor: Tensor) -> tuple[Any, bool]:
+    return tensor.dtype, tensor.data_ptr() % 16 == 0
+
+
+class Bound:
+    """A kernel with its grid, its numbers and its constants: a launch but for the tensors, which lead the signature.
+
+    Shapes and strides are in the numbers, so it serves tensors of those alone; dtypes and alignments may differ from call
+    to call. For one device. Nothing is launched where the grid is empty.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], *numbers: Any, **constants: Any) -> None:
+        self.launch = kernel, grid, numbers, constants
+        self._kinds: list[tuple[Any, bool]] | None = None  # of the tensors that _run serves
+        self._run: Any = None
+        self._rest: tuple[Any, ...] = ()
+
+    def __call__(self, *tensors: Tensor) -> None:
+        kinds = [*map(kind_of_tensor, tensors)]
+        if kinds == self._kinds:
+            self._run(*tensors, *self._rest)
+            return
+        kernel, grid, numbers, constants = self.launch
+        if 0 in grid:
+            return
+        found = dispatch(kernel, grid, *tensors, *numbers, **constants)
+        if found is not None:
+            self._kinds, self._run, self._rest = kinds, found.kernel[_three(grid)], (*numbers, *found.constants)
+
+
+def _three(grid: tuple[int, ...]) -> tuple[int, ...]:
+    return (*grid, 1, 1)[:3]

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvsplice_kernels.checks import check_cache, check_dense, check_floats, check_pair, next_power_of_2, wide_type
-from kvsplice_kernels.dispatch import dispatch
+from kvsplice_kernels.dispatch import Bound
 from kvsplice_kernels.launch import multiprocessors
 from kvsplice_kernels.packing import (
     dot,
@@ -241,6 +241,32 @@ def expand_cached(
     Raises:
         ValueError: a tensor has the wrong dtype, shape or strides.
     """
+    ranges = (seq_lens, seq_lens) if starts is None or firsts is None else (starts, firsts)
+    bound = bind_expand(
+        kv_cache, k_plan, v_plan, block_table, seq_lens, cu_seqlens, k_basis, v_basis, key, value, max_seq_len,
+        wide_dtype, starts, firsts,
+    )  # fmt: skip
+    bound(kv_cache, block_table, *ranges, seq_lens, cu_seqlens, *k_basis, *v_basis, key, value)
+
+
+def bind_expand(
+    kv_cache: Tensor,
+    k_plan: Plan,
+    v_plan: Plan,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens: Tensor,
+    k_basis: tuple[Tensor, Tensor],
+    v_basis: tuple[Tensor, Tensor],
+    key: Tensor,
+    value: Tensor,
+    max_seq_len: int,
+    wide_dtype: torch.dtype,
+    starts: Tensor | None,
+    firsts: Tensor | None,
+) -> Bound:
+    """``expand_cached`` of tensors like these: takes (kv_cache, block_table, starts, firsts, seq_lens, cu_seqlens, *k_basis,
+    *v_basis, key, value); where there are no ranges, any int32 for starts and firsts."""
     H, block_size = kv_cache.shape[1:3]
     num_rows, head_dim = key.shape[0], k_basis[0].shape[1]
     k_rank, v_rank = rank_of(k_plan), rank_of(v_plan)
@@ -251,20 +277,16 @@ def expand_cached(
         check_dense(f"{side}_decode", decode, (H, head_dim, rank))
         check_dense(f"{side}_mean", mean, (H, head_dim))
     check_pair("key", key, "value", value, (num_rows, H, head_dim))
-    if num_reqs == 0 or max_seq_len == 0 or num_rows == 0:
-        return
     exact = key.dtype != torch.bfloat16
     num_tiles = -(-num_rows // TILE)
     cut = expand_tiles(num_tiles, H, head_dim, k_plan, v_plan, exact, wide_dtype, multiprocessors(key.device))
-    grid = num_query_tiles(num_rows, num_reqs, num_rows, TILE * cut.tiles), H * cut.d_blocks, 2
-    ranged = starts is not None
-    dispatch(
-        expand_cached_kernel, grid,
-        kv_cache, block_table, starts if ranged else seq_lens, firsts if ranged else seq_lens, seq_lens, cu_seqlens,
-        *k_basis, *v_basis, key, value, block_table.stride(0), kv_cache.stride(0), kv_cache.stride(1), key.stride(0),
+    wanted = num_reqs > 0 and max_seq_len > 0 and num_rows > 0
+    programs = num_query_tiles(num_rows, num_reqs, num_rows, TILE * cut.tiles) if wanted else 0
+    return Bound(
+        expand_cached_kernel, (programs, H * cut.d_blocks, 2), block_table.stride(0), kv_cache.stride(0), kv_cache.stride(1), key.stride(0),
         key.stride(1), num_reqs, cut.tiles,
         HEAD_DIM=head_dim, K_RANK=k_rank, K_PLAN=k_plan, V_RANK=v_rank, V_PLAN=v_plan, WIDE=wide_type(wide_dtype),
-        RANGED=ranged, BLOCK_SIZE=block_size, EXACT=exact, TILE=TILE, BLOCK_D=cut.block_d, D_BLOCKS=cut.d_blocks,
+        RANGED=starts is not None, BLOCK_SIZE=block_size, EXACT=exact, TILE=TILE, BLOCK_D=cut.block_d, D_BLOCKS=cut.d_blocks,
         num_warps=4, num_stages=cut.num_stages,
     )  # fmt: skip
 
@@ -326,6 +348,20 @@ def copy_fresh(
     Raises:
         ValueError: a tensor has the wrong dtype, shape or strides.
     """
+    bound = bind_copy(key, value, query_start_loc, seq_lens, cu_seqlens, key_out, value_out)
+    bound(key, value, query_start_loc, seq_lens, cu_seqlens, key_out, value_out)
+
+
+def bind_copy(
+    key: Tensor,
+    value: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens: Tensor,
+    key_out: Tensor,
+    value_out: Tensor,
+) -> Bound:
+    """``copy_fresh`` of tensors like these, which it takes in this order."""
     num_tokens, H, head_dim = key.shape
     num_reqs = check_requests(None, seq_lens, query_start_loc)
     check_requests(None, seq_lens, cu_seqlens)
@@ -335,9 +371,7 @@ def copy_fresh(
         if tensor.dtype != key.dtype:
             raise ValueError(f"{name}: expected {key.dtype}, got {tensor.dtype}")
     grid = (num_query_tiles(num_tokens, num_reqs, num_tokens, TILE), H)
-    dispatch(
-        copy_fresh_kernel, grid,
-        key, value, query_start_loc, seq_lens, cu_seqlens, key_out, value_out, *key.stride()[:2], *value.stride()[:2],
-        *key_out.stride()[:2], num_reqs, HEAD_DIM=head_dim, TILE=TILE, BLOCK_D=next_power_of_2(head_dim),
+    return Bound(
+        copy_fresh_kernel, grid, *key.stride()[:2], *value.stride()[:2], *key_out.stride()[:2], num_reqs, HEAD_DIM=head_dim, TILE=TILE, BLOCK_D=next_power_of_2(head_dim),
         num_warps=4,
     )  # fmt: skip

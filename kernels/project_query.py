@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvsplice_kernels.checks import check_dense, check_floats, next_power_of_2
-from kvsplice_kernels.dispatch import dispatch
+from kvsplice_kernels.dispatch import Bound
 from kvsplice_kernels.latents import NUM_WARPS, add_product, load_planes, load_rows, num_steps
 from kvsplice_kernels.pdl import launch_dependents, pdl_options, wait
 
@@ -119,15 +119,17 @@ def project_query(query: Tensor, k_decode: Tensor, k_mean: Tensor, q_latent: Ten
     Raises:
         ValueError: a tensor has the wrong dtype, shape or strides.
     """
+    bind_project(query, k_decode, k_mean, q_latent, q_bias)(query, k_decode, k_mean, q_latent, q_bias)
+
+
+def bind_project(query: Tensor, k_decode: Tensor, k_mean: Tensor, q_latent: Tensor, q_bias: Tensor) -> Bound:
+    """``project_query`` of tensors like these, which it takes in this order."""
     check_query(query, k_decode, k_mean, q_latent, q_bias)
     T, num_heads, head_dim = query.shape
     H, _, rank, _ = k_decode.shape
-    if T == 0:
-        return
     tiles = query_tiles(T, num_heads // H, head_dim, rank)
-    dispatch(
-        project_query_kernel, (tiles.columns, H, tiles.tiles),
-        query, k_decode, k_mean, q_latent, q_bias, T, query.stride(0), query.stride(1),
+    return Bound(
+        project_query_kernel, (tiles.columns, H, tiles.tiles), T, query.stride(0), query.stride(1),
         H=H, GROUP=num_heads // H, HEAD_DIM=head_dim, RANK=rank,
         BLOCK_M=tiles.block_m, BLOCK_R=tiles.block_r, BLOCK_D=tiles.block_d,
         num_warps=NUM_WARPS, num_stages=1, **pdl_options(query.device),

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvsplice_kernels.checks import check_dense, check_floats, next_power_of_2
-from kvsplice_kernels.dispatch import dispatch
+from kvsplice_kernels.dispatch import Bound
 from kvsplice_kernels.latents import add_product
 from kvsplice_kernels.packing import to_float
 from kvsplice_kernels.pdl import pdl_options, wait
@@ -190,6 +190,22 @@ def reduce_expand(
     Raises:
         ValueError: a tensor has the wrong dtype, shape or strides.
     """
+    bound = bind_reduce(latent, lse, v_decode, v_mean, seq_lens, query_start_loc, out, max_query_len, skip_first_chunks)
+    bound(latent, lse, v_decode, v_mean, seq_lens, query_start_loc, out)
+
+
+def bind_reduce(
+    latent: Tensor,
+    lse: Tensor,
+    v_decode: Tensor,
+    v_mean: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    out: Tensor,
+    max_query_len: int,
+    skip_first_chunks: bool,
+) -> Bound:
+    """``reduce_expand`` of tensors like these: takes (latent, lse, v_decode, v_mean, seq_lens, query_start_loc, out)."""
     T, num_heads, num_splits, rank = latent.shape
     H, _, head_dim, _ = v_decode.shape
     num_reqs = check_requests(None, seq_lens, query_start_loc)
@@ -198,17 +214,16 @@ def reduce_expand(
     check_dense("v_decode", v_decode, (H, 2, head_dim, rank), torch.bfloat16)
     check_dense("v_mean", v_mean, (H, head_dim))
     check_floats("out", out[:T], (T, num_heads, head_dim))
-    if T == 0 or num_reqs == 0:
-        return
     group, rank_pad = num_heads // H, max(16, next_power_of_2(rank))
     cut = reduce_tiles(T * num_heads, group, max_query_len, head_dim, rank_pad, num_splits)
-    if max_query_len == 1:
+    if T == 0 or num_reqs == 0:
+        tiles = 0
+    elif max_query_len == 1:
         tiles = -(-num_reqs // cut.tile_tokens)
     else:
         tiles = num_query_tiles(T, num_reqs, max_query_len, cut.tile_tokens)
-    dispatch(
+    return Bound(
         reduce_expand_kernel, (tiles, num_heads // cut.heads, -(-head_dim // cut.block_d)),
-        latent, lse, v_decode, v_mean, seq_lens, query_start_loc, out,
         num_reqs, num_splits, out.stride(0), out.stride(1),
         GROUP=group, HEADS=cut.heads, HEAD_DIM=head_dim, RANK=rank, RANK_PAD=rank_pad,
         SKIP_FIRST_CHUNKS=skip_first_chunks, ONE_TILE=max_query_len <= cut.tile_tokens,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvsplice_kernels.cache_write import check_write, write_job, write_tiles
 from kvsplice_kernels.checks import wide_type
-from kvsplice_kernels.dispatch import dispatch
+from kvsplice_kernels.dispatch import Bound
 from kvsplice_kernels.encode import Prepared
 from kvsplice_kernels.latents import NUM_WARPS
 from kvsplice_kernels.pdl import pdl_options
@@ -102,6 +102,26 @@ def write_and_project(
     Raises:
         ValueError: a tensor has the wrong dtype, shape or strides.
     """
+    bound = bind_write_and_project(
+        query, key, value, kv_cache, slot_mapping, prepared, k_plan, v_plan, q_latent, q_bias, wide_dtype
+    )
+    bound(query, key, value, kv_cache, slot_mapping, *prepared[:6], q_latent, q_bias)
+
+
+def bind_write_and_project(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    prepared: Prepared,
+    k_plan: Plan,
+    v_plan: Plan,
+    q_latent: Tensor,
+    q_bias: Tensor,
+    wide_dtype: torch.dtype,
+) -> Bound:
+    """The same for tensors like these: takes (query, key, value, kv_cache, slot_mapping, *prepared[:6], q_latent, q_bias)."""
     check_write(key, value, kv_cache, slot_mapping, prepared, k_plan, v_plan)
     check_query(query, prepared.k_decode, prepared.k_mean, q_latent, q_bias)
     num_tokens, (H, head_dim) = slot_mapping.shape[0], key.shape[1:]
@@ -110,11 +130,8 @@ def write_and_project(
     project = query_tiles(num_queries, group, head_dim, k_rank)
     num_writes = (len(k_plan) + len(v_plan)) * H * write.tiles
     programs = num_writes + project.columns * H * project.tiles
-    if programs == 0:
-        return
-    dispatch(
-        write_and_project_kernel, (programs,),
-        query, key, value, kv_cache, slot_mapping, *prepared[:6], q_latent, q_bias, num_tokens, num_queries, num_writes,
+    return Bound(
+        write_and_project_kernel, (programs,), num_tokens, num_queries, num_writes,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         kv_cache.stride(0), kv_cache.stride(1),
         H=H, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=kv_cache.shape[2], WIDE=wide_type(wide_dtype),

@@ -231,26 +231,27 @@ def test_the_reservation_covers_every_step(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(triton_path, "workspace", workspace)
     monkeypatch.setattr(triton_path, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(triton_path, "paged_attention", lambda *args: None)
+    monkeypatch.setattr(triton_path, "bind_attention", lambda *args: lambda *tensors: None)
     c, b = codec(), bases()
     triton_path.reserve(c, 40, 3, 64, 100_000, DEVICE)
     reserved, asked[:] = asked[:], []
     none: Any = None
+    out = torch.empty(0, HEADS, DIM)
     cache = torch.empty(1, KV_HEADS, BLOCK, 64, dtype=torch.uint8)
     for reqs in range(1, 41):
         tokens = min(reqs * 3, 64)
         triton_path.decode(
             c, triton(b), torch.empty(tokens, HEADS, DIM), None, cache,
-            Requests(reqs, tokens, 3, 100_000, none, none, none), none,
+            Requests(reqs, tokens, 3, 100_000, none, none, none), out,
         )  # fmt: skip
     for splits in PREFILL_SPLITS:
         tokens = min(64, LATENT_TOKENS // splits)
         triton_path.attend_codes(
-            c, triton(b), torch.empty(tokens, HEADS, DIM), cache, Requests(1, tokens, 64, 9, none, none, none), none,
-            splits, False,
+            c, triton(b), torch.empty(tokens, HEADS, DIM), cache, Requests(1, tokens, 64, 9, none, none, none), out,
+            splits, False, 64,
         )  # fmt: skip
     triton_path.attend_codes(
-        c, triton(b), torch.empty(64, HEADS, DIM), cache, Requests(1, 64, 64, 9, none, none, none), none, 1, False
+        c, triton(b), torch.empty(64, HEADS, DIM), cache, Requests(1, 64, 64, 9, none, none, none), out, 1, False, 64
     )
     assert len(reserved) == 1 and max(asked) <= reserved[0]
     assert reserved[0] < 4 << 20  # bounded by the batch, not by the context

@@ -43,13 +43,14 @@ def variants() -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
 
 
 def main() -> int:
-    """Launch every variant three times: by Triton, by dispatch for the first time, by dispatch again."""
+    """Launch every variant six times: by Triton, by dispatch for the first time and again, and bound: new, again, and one
+    that served another variant's tensors before."""
     from test_kernels_compile import NoDevice
     from triton.compiler import CompiledKernel
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from kvsplice_kernels.dispatch import dispatch
+    from kvsplice_kernels.dispatch import Bound, dispatch
 
     driver.set_active(NoDevice(90))
     launches, searches = [], []
@@ -69,11 +70,23 @@ def main() -> int:
         step()
         before = len(searches)
         step()
+        (x, y, *numbers), other_x = args, torch.empty(64)[1 if args[0].data_ptr() % 16 == 0 else 0 :]
+        bound = Bound(scale_kernel, grid, *numbers, **constants)
+        bound(x, y)
+        bound(x, y)
         assert len(searches) == before, f"Triton searched again for {args[2:]}, {constants}"
-        (kernel, *expected), *others = launches[-3:]
+        bound(other_x, y)
+        scale_kernel[grid](other_x, y, *numbers, **constants)
+        assert launches.pop()[0] is launches.pop()[0], (other_x.data_ptr() % 16, args, constants)
+        bound(x, y)
+        (kernel, *expected), *others = launches[-6:]
+        assert len(others) == 5
         for other, *given in others:
             assert other is kernel and given[0] == expected[0], (args, constants)
             assert all(a is b or a == b for a, b in zip(given[1], expected[1], strict=True)), (args, constants)
+    before = len(launches)
+    Bound(scale_kernel, (3, 0), 1, 1, 0.5, BLOCK=16, PLAN=((8, 1),))(torch.empty(1), torch.empty(1))
+    assert len(launches) == before, "a launch of an empty grid"
     print(len(launches), "launches of", len({id(kernel) for kernel, *_ in launches}), "compiled kernels")
     return 0
 
@@ -83,7 +96,7 @@ def test_the_same_kernels_are_launched() -> None:
     done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     launches, kernels = (int(word) for word in done.stdout.split() if word.isdigit())
-    assert launches == 3 * 3 * len(variants()) and kernels >= 15
+    assert launches == 3 * 6 * len(variants()) and kernels >= 15
 
 
 if __name__ == "__main__":

@@ -162,13 +162,16 @@ def serving(monkeypatch):
         asked.append(sum(-(-torch.Size(s).numel() * d.itemsize // 256) * 256 for s, d in shapes))
         return [torch.empty(s, dtype=d) for s, d in shapes]
 
+    def nothing(*tensors) -> None:
+        """A bound attention that launches nothing."""
+
     def tuned(layout, group, max_query_len, device):
         return Launch(*TUNED) if max_query_len == 1 else None
 
     monkeypatch.setattr(triton_path, "tuned", tuned)
     monkeypatch.setattr(triton_path, "multiprocessors", lambda _: 132)
     monkeypatch.setattr(triton_path, "workspace", workspace)
-    monkeypatch.setattr(triton_path, "paged_attention", lambda *args: launched.append((args[11], args[-1])))
+    monkeypatch.setattr(triton_path, "bind_attention", lambda *args: launched.append((args[11], args[-1])) or nothing)
     return triton_path, asked, launched
 
 

@@ -7,7 +7,6 @@ In: a job. Out: ``Prepared`` calls with a check against ``codec.reference``. Ker
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,7 +32,6 @@ from vllm_kvsplice.codec import reference
 from vllm_kvsplice.codec.layout import LatentLayout, Side, Tier
 
 WIDE = torch.bfloat16
-STAGES = ("project_query", "decode", "reduce_expand")  # launchers that paged_attention calls
 # Outputs are bf16 (2**-9 = 0.2 %) and dots fp16 or better; a lost tile or a wrong scale costs 4 % and more.
 ATTENTION_TOLERANCE = 1e-2
 # Error beyond the reference's own rounding to codes, over the latents' norm: what bf16 arithmetic would add.
@@ -189,35 +187,30 @@ def write(job: Job, device: Device, copies: int | None) -> Prepared:
 
 # ---------------------------------------------------------------- stages
 def _stages(calls: list[Call], cache: Tensor, moved: int) -> dict[str, tuple[list[Call], int | None]]:
-    """The launches that paged_attention makes, each with its arguments as recorded while every call ran once."""
+    """The launches that paged_attention makes, each with its tensors as recorded while every call ran once."""
     stages: dict[str, tuple[list[Call], int | None]] = {}
     for call in calls:
         for name, launch in _record(call):
-            reads_cache = any(x is cache for x in (*launch.args, *launch.keywords.values()))
+            reads_cache = any(x is cache for x in launch.args)
             stages.setdefault(name, ([], moved if reads_cache else None))[0].append(launch)
     return stages
 
 
 def _record(call: Call) -> list[tuple[str, partial[None]]]:
-    from kvsplice_kernels import attention
+    from kvsplice_kernels.dispatch import Bound
 
     seen: list[tuple[str, partial[None]]] = []
+    launch = Bound.__call__
 
-    def recorder(name: str, launcher: Callable[..., None]) -> Callable[..., None]:
-        def record(*args: Any, **kwargs: Any) -> None:
-            seen.append((name, partial(launcher, *args, **kwargs)))
-            launcher(*args, **kwargs)
+    def record(bound: Bound, *tensors: Tensor) -> None:
+        seen.append((bound.launch[0].__name__.removesuffix("_kernel"), partial(launch, bound, *tensors)))
+        launch(bound, *tensors)
 
-        return record
-
-    originals = {name: getattr(attention, name) for name in STAGES if hasattr(attention, name)}
-    for name, launcher in originals.items():
-        setattr(attention, name, recorder(name, launcher))
+    Bound.__call__ = record
     try:
         call()
     finally:
-        for name, launcher in originals.items():
-            setattr(attention, name, launcher)
+        Bound.__call__ = launch
     return seen
 
 

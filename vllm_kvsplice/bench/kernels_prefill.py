@@ -28,7 +28,7 @@ from vllm_kvsplice.bench.kernels_data import (
     slots_of,
 )
 from vllm_kvsplice.bench.kernels_jobs import OURS, Job
-from vllm_kvsplice.bench.kernels_ours import WIDE, Codec, make_codec, write_tokens
+from vllm_kvsplice.bench.kernels_ours import WIDE, Codec, make_codec
 from vllm_kvsplice.bench.kernels_timing import Device
 from vllm_kvsplice.bench.peers import open_cache
 from vllm_kvsplice.codec import reference
@@ -43,8 +43,11 @@ def prefill(job: Job, device: Device, copies: int | None) -> Prepared:
     return _ours(job, device, copies) if job.kernel == OURS else _peer(job, device, copies)
 
 
-def serve(codec: Codec, shape: Shape, batch: Batch, cache: Tensor, fresh: tuple[Tensor, Tensor]) -> list[Call]:
-    """For each block table: attention of the chunk as the backend serves it, into batch.out. The keys are in the cache."""
+def serve(
+    codec: Codec, shape: Shape, batch: Batch, cache: Tensor, fresh: tuple[Tensor, Tensor]
+) -> tuple[list[Call], list[Call]]:
+    """For each block table: the chunk's cache write, and its attention into batch.out, as the backend serves them in a layer that
+    is not the first of its step."""
     from vllm_kvsplice.serving import triton_path
     from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits
     from vllm_kvsplice.serving.metadata import Prefills
@@ -62,7 +65,9 @@ def serve(codec: Codec, shape: Shape, batch: Batch, cache: Tensor, fresh: tuple[
         soft_cap=None,
     )
 
-    def call(table: Tensor) -> Call:
+    tensors = triton_path.Tensors(bases, codec.prepared)
+
+    def calls(table: Tensor, slots: Tensor) -> tuple[Call, Call]:
         step = Prefills(
             shape.batch,
             shape.num_queries,
@@ -76,10 +81,13 @@ def serve(codec: Codec, shape: Shape, batch: Batch, cache: Tensor, fresh: tuple[
             seq_lens_cpu=batch.seq_lens.cpu(),
             limits=limits,
         )
-        tensors = triton_path.Tensors(bases, codec.prepared)
-        return partial(triton_path.prefill, layer, tensors, batch.query, fresh, cache, step, batch.out)
+        return (
+            partial(triton_path.write, layer, tensors, *fresh, cache, slots, step.shared),
+            partial(triton_path.prefill, layer, tensors, batch.query, fresh, cache, step, batch.out),
+        )
 
-    return [call(table) for table in batch.tables]
+    pairs = [calls(table, slots) for table, slots in zip(batch.tables, _new_slots(batch, shape), strict=True)]
+    return [write for write, _ in pairs], [attend for _, attend in pairs]
 
 
 def _ours(job: Job, device: Device, copies: int | None) -> Prepared:
@@ -89,8 +97,7 @@ def _ours(job: Job, device: Device, copies: int | None) -> Prepared:
     cache = codec.make_cache(batch.num_blocks, shape.num_kv_heads, shape.block_size, device.name)
     fill_pages((cache,), shape.block_size, lambda slots: kernels_ours.write_random_latents(codec, cache, slots))
     key, value = _fresh(shape, device)
-    writes: list[Call] = [partial(write_tokens, codec, cache, key, value, s) for s in _new_slots(batch, shape)]
-    attends = serve(codec, shape, batch, cache, (key, value))
+    writes, attends = serve(codec, shape, batch, cache, (key, value))
 
     def check() -> float:
         batch.out.fill_(float("nan"))

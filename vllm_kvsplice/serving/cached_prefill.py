@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvsplice_kernels.decode import TILE, query_tile
-from kvsplice_kernels.expand_cached import START_MULTIPLE, copy_fresh, expand_cached
+from kvsplice_kernels.dispatch import Bound
+from kvsplice_kernels.expand_cached import START_MULTIPLE, bind_copy, bind_expand
 from kvsplice_kernels.launch import multiprocessors
 from kvsplice_kernels.query_tiles import num_query_tiles
 from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits
-from vllm_kvsplice.serving.metadata import Prefills
+from vllm_kvsplice.serving.metadata import Prefills, like
 from vllm_kvsplice.serving.refusals import FLASH_HEAD_DIM
 from vllm_kvsplice.serving.vllm_compat import merge_attn_states, to_device, workspace
 
@@ -93,6 +94,13 @@ class Scratch(NamedTuple):
     keys: list[tuple[Tensor, Tensor]]  # keys and values of each piece
     part: Tensor  # output of a piece that is merged
     lse: Tensor
+
+
+class Fill(NamedTuple):
+    """Launches that fill a piece's scratch."""
+
+    expand: Bound
+    copy: Bound | None  # of fresh keys and values
 
 
 # ---------------------------------------------------------------- host numbers
@@ -170,10 +178,10 @@ def plan(codec: LayerCodec, requests: Prefills, with_fresh: bool, device: torch.
     limits = requests.limits or Limits(requests.num_reqs, requests.num_tokens, requests.max_seq_len)
     window, capacity = codec.sliding_window, scratch_tokens(codec, limits)
     key = (window, capacity, codec.num_heads // codec.num_kv_heads, codec.num_kv_heads, with_fresh, device)
-    if key not in requests.plans:
+    if key not in requests.shared:
         splits = num_splits(codec, requests, device)
-        requests.plans[key] = _plan(requests, splits, *key)
-    found: list[Piece] | None = requests.plans[key]
+        requests.shared[key] = _plan(requests, splits, *key)
+    found: list[Piece] | None = requests.shared[key]
     return found
 
 
@@ -182,9 +190,9 @@ def num_splits(codec: LayerCodec, requests: Prefills, device: torch.device) -> i
     a prompt that is cached, would leave the GPU empty. As many as four programs a multiprocessor, each with four tiles of keys
     or more, and the scratch of a longer step allow."""
     key = ("splits", codec.num_heads, codec.num_kv_heads, device)
-    if key not in requests.plans:
-        requests.plans[key] = _num_splits(codec.num_heads // codec.num_kv_heads, codec.num_kv_heads, requests, device)
-    found: int = requests.plans[key]
+    if key not in requests.shared:
+        requests.shared[key] = _num_splits(codec.num_heads // codec.num_kv_heads, codec.num_kv_heads, requests, device)
+    found: int = requests.shared[key]
     return found
 
 
@@ -269,9 +277,10 @@ def attend(
     ``fresh``: key and value [T, H, head_dim] of the step, for first chunks; None: those read their codes as well.
     """
     keys, part, other_lse = _scratch(codec, requests, pieces, query.dtype)
+    fills = _fills(codec, bases, fresh, kv_cache, requests, pieces, keys, query.dtype)
     lse = spare = other_lse
-    for piece, (k, v) in zip(pieces, keys, strict=True):
-        _fill(codec, bases, fresh, kv_cache, piece, k, v)
+    for piece, (k, v), fill in zip(pieces, keys, fills, strict=True):
+        _fill(bases, fresh, kv_cache, piece, k, v, fill)
         q, rows = query[piece.tokens], out[piece.tokens]
         if not piece.merged:
             lse, spare = _attend_piece(codec, q, k, v, rows, piece, flash), other_lse
@@ -285,17 +294,36 @@ def attend(
 
 def _scratch(codec: LayerCodec, requests: Prefills, pieces: list[Piece], dtype: torch.dtype) -> Scratch:
     """From the workspace, once in a step for layers of one kind: the host's time is what a short step takes."""
-    # plans holds the pieces, so that no other list gets their id.
+    # shared holds the pieces, so that no other list gets their id.
     kind = "scratch", id(pieces), codec.num_heads, codec.layout.head_dim, dtype
-    if kind not in requests.plans:
+    if kind not in requests.shared:
         long = max((p.tokens.stop - p.tokens.start for p in pieces if p.merged), default=0)
         key, value, part, lse = workspace(*_shapes(codec, max(p.num_keys for p in pieces), long, dtype))
-        requests.plans[kind] = Scratch([(key[: p.num_keys], value[: p.num_keys]) for p in pieces], part, lse)
-    found: Scratch = requests.plans[kind]
+        requests.shared[kind] = Scratch([(key[: p.num_keys], value[: p.num_keys]) for p in pieces], part, lse)
+    found: Scratch = requests.shared[kind]
     return found
 
 
-def _fill(
+def _fills(
+    codec: LayerCodec,
+    bases: Bases,
+    fresh: tuple[Tensor, Tensor] | None,
+    kv_cache: Tensor,
+    requests: Prefills,
+    pieces: list[Piece],
+    keys: list[tuple[Tensor, Tensor]],
+    dtype: torch.dtype,
+) -> list[Fill]:
+    """The launches that fill the scratch of each piece, likewise once in a step for layers of one kind."""
+    kind = "fills", id(pieces), codec, dtype, *like(kv_cache, *(fresh or ()))
+    if kind not in requests.shared:
+        both = zip(pieces, keys, strict=True)
+        requests.shared[kind] = [_bind_fill(codec, bases, fresh, kv_cache, piece, *kv) for piece, kv in both]
+    found: list[Fill] = requests.shared[kind]
+    return found
+
+
+def _bind_fill(
     codec: LayerCodec,
     bases: Bases,
     fresh: tuple[Tensor, Tensor] | None,
@@ -303,35 +331,46 @@ def _fill(
     piece: Piece,
     key: Tensor,
     value: Tensor,
-) -> None:
-    """A piece's keys and values into scratch [num_keys, H, head_dim]."""
-    expand_cached(
+) -> Fill:
+    block_size, on_device = kv_cache.shape[2], piece.on_device
+    expand = bind_expand(
         kv_cache,
-        codec.layout.plan("k", kv_cache.shape[2]),
-        codec.layout.plan("v", kv_cache.shape[2]),
+        codec.layout.plan("k", block_size),
+        codec.layout.plan("v", block_size),
         piece.block_table,
-        piece.on_device.ends,
-        piece.on_device.cu_seqlens,
+        on_device.ends,
+        on_device.cu_seqlens,
         (bases.k_decode, bases.k_mean),
         (bases.v_decode, bases.v_mean),
         key,
         value,
         piece.max_num_keys,
         codec.wide_dtype,
-        piece.on_device.starts,
-        piece.on_device.firsts,
+        on_device.starts,
+        on_device.firsts,
     )
-    if fresh is not None and piece.has_fresh:
-        own_key, own_value = (x[piece.tokens] for x in fresh)
-        copy_fresh(
-            own_key,
-            own_value,
-            piece.on_device.query_start_loc,
-            piece.on_device.ends,
-            piece.on_device.cu_seqlens,
-            key,
-            value,
-        )
+    if fresh is None or not piece.has_fresh:
+        return Fill(expand, None)
+    own = (x[piece.tokens] for x in fresh)
+    return Fill(expand, bind_copy(*own, on_device.query_start_loc, on_device.ends, on_device.cu_seqlens, key, value))
+
+
+def _fill(
+    bases: Bases,
+    fresh: tuple[Tensor, Tensor] | None,
+    kv_cache: Tensor,
+    piece: Piece,
+    key: Tensor,
+    value: Tensor,
+    fill: Fill,
+) -> None:
+    """A piece's keys and values into scratch [num_keys, H, head_dim]."""
+    query_start_loc, cu_seqlens, starts, firsts, ends = piece.on_device
+    decodes = bases.k_decode, bases.k_mean, bases.v_decode, bases.v_mean
+    fill.expand(kv_cache, piece.block_table, starts, firsts, ends, cu_seqlens, *decodes, key, value)
+    if fresh is not None and fill.copy is not None:
+        own = (x[piece.tokens] for x in fresh)
+        fill.copy(*own, query_start_loc, ends, cu_seqlens, key, value)
 
 
 def _attend_piece(
@@ -368,4 +407,4 @@ def warm_up(codec: LayerCodec, bases: Bases, kv_cache: Tensor, dtype: torch.dtyp
     bounds, row = zero.expand(2).contiguous(), torch.zeros(1, heads, head_dim, dtype=dtype, device=device)
     on_device = OnDevice(bounds, bounds, zero, zero, zero)
     piece = Piece(zero[None], slice(0, 1), 1, 1, 1, True, False, False, True, on_device)
-    _fill(codec, bases, (row, row), kv_cache, piece, row, row)
+    _fill(bases, (row, row), kv_cache, piece, row, row, _bind_fill(codec, bases, (row, row), kv_cache, piece, row, row))

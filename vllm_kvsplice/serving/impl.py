@@ -143,7 +143,7 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
             if prefills is None:  # rows past the decodes are padding
                 written = (key, value, slots[:start])
             else:
-                self.path.write(codec, tensors, key, value, kv_cache, slots[: key.shape[0]])
+                self.path.write(codec, tensors, key, value, kv_cache, slots[: key.shape[0]], decodes.shared)
         if start:
             self.path.decode(codec, tensors, query[:start], written, kv_cache, decodes, output[:start])
         if prefills is not None:

@@ -22,6 +22,11 @@ from vllm_kvsplice.serving.vllm_compat import (
 )
 
 
+def like(*tensors: Tensor) -> list[Any]:
+    """What the launches of other layers' tensors must have in common with these, to be kept in ``Requests.shared``."""
+    return [x for tensor in tensors for x in (tensor.shape, tensor.stride())]
+
+
 @dataclass
 class Requests:
     """A run of requests of one step, its tokens numbered from 0."""
@@ -33,6 +38,8 @@ class Requests:
     query_start_loc: Tensor  # [num_reqs + 1] int32
     seq_lens: Tensor  # [num_reqs] int32, new tokens included; 0 in padding rows
     block_table: Tensor  # [num_reqs, max_blocks] int32
+    # What layers of one kind have in common in this step, by keys that say what makes them so; the host's time is dear.
+    shared: dict[Any, Any] = field(default_factory=dict, kw_only=True)
 
 
 @dataclass
@@ -43,7 +50,6 @@ class Prefills(Requests):
     first_chunk: list[bool]  # [num_reqs]: nothing of the request was in the cache before this step
     seq_lens_cpu: Tensor | None = None  # [num_reqs], exact; None where vLLM does not know them on the host
     limits: Limits | None = None  # of the engine; None outside one, where no scratch was reserved
-    plans: dict[Any, Any] = field(default_factory=dict)  # what layers of one kind share, see cached_prefill
 
 
 @dataclass

@@ -6,6 +6,8 @@ Same three functions as triton_path; vLLM's tensors in, bytes in the cache or ro
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -19,8 +21,16 @@ tensors_of = bases_of  # what these functions need of a layer's projector
 QUERY_BLOCK = 256  # query rows attended at a time where SDPA has no form of the mask: bounds the logits' memory
 
 
-def write(codec: LayerCodec, bases: Bases, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Encode keys and values [>= T, H, head_dim] into the slots of ``slot_mapping`` [T]; -1 is skipped."""
+def write(
+    codec: LayerCodec,
+    bases: Bases,
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    shared: dict[Any, Any] | None = None,
+) -> None:
+    """Encode keys and values [>= T, H, head_dim] into the slots of ``slot_mapping`` [T]; -1 is skipped. ``shared``: unused."""
     block_size, tokens = kv_cache.shape[2], slot_mapping.shape[0]
     sides = (("k", key, bases.k_encode, bases.k_mean), ("v", value, bases.v_encode, bases.v_mean))
     for side, x, encode, mean in sides:

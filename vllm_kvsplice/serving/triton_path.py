@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 from triton import cdiv, next_power_of_2
 
-from kvsplice_kernels.attention import Workspace, choose_num_splits, paged_attention, workspace_shapes
-from kvsplice_kernels.cache_write import cache_write
+from kvsplice_kernels.attention import BoundAttention, Workspace, bind_attention, choose_num_splits, workspace_shapes
+from kvsplice_kernels.cache_write import bind_write
+from kvsplice_kernels.dispatch import Bound
 from kvsplice_kernels.encode import Prepared
 from kvsplice_kernels.launch import Launch, multiprocessors
-from kvsplice_kernels.write_and_project import write_and_project
+from kvsplice_kernels.write_and_project import bind_write_and_project
 from vllm_kvsplice.launch import tuned
 from vllm_kvsplice.serving import cached_prefill, fallback_attention
 from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits, bases_of, prepared_of
 from vllm_kvsplice.serving.cached_prefill import LONG_STEP
-from vllm_kvsplice.serving.metadata import Prefills, Requests
+from vllm_kvsplice.serving.metadata import Prefills, Requests, like
 from vllm_kvsplice.serving.refusals import FLASH_HEAD_DIM
 from vllm_kvsplice.serving.vllm_compat import flash_attention, workspace
 
@@ -44,11 +45,24 @@ def tensors_of(layer: Any) -> Tensors:
 
 
 def write(
-    codec: LayerCodec, tensors: Tensors, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    codec: LayerCodec,
+    tensors: Tensors,
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    shared: dict[Any, Any] | None = None,
 ) -> None:
-    """Encode keys and values [>= T, H, head_dim] into the slots of ``slot_mapping`` [T]; -1 is skipped."""
-    both = plans(codec, kv_cache)
-    cache_write(key, value, kv_cache, slot_mapping, tensors.prepared, *both, codec.wide_dtype)
+    """Encode keys and values [>= T, H, head_dim] into the slots of ``slot_mapping`` [T]; -1 is skipped.
+
+    ``shared``: of the step, see metadata.Requests.
+    """
+    shared = {} if shared is None else shared
+    kind = "write", codec, *like(key, value, kv_cache, slot_mapping)
+    if kind not in shared:
+        both = plans(codec, kv_cache)
+        shared[kind] = bind_write(key, value, kv_cache, slot_mapping, tensors.prepared, *both, codec.wide_dtype)
+    shared[kind](key, value, kv_cache, slot_mapping, *tensors.prepared[:4])
 
 
 def decode(
@@ -65,15 +79,34 @@ def decode(
     ``written``: the step's keys and values, stored in the launch that projects the queries; None if they are already.
     The split count depends on host numbers that are fixed when a CUDA graph is captured.
     """
-    splits = num_splits(codec, requests.num_reqs, requests.max_query_len, requests.max_seq_len, query.device)
-    work = Workspace(*workspace(*_shapes(codec, query.shape[0], splits)))
+    kind = "decode", codec, *like(query, kv_cache, out, *(written or ()))
+    if kind not in requests.shared:
+        requests.shared[kind] = _bind_decode(codec, tensors, query, written, kv_cache, requests, out)
+    write_and_project, attention = requests.shared[kind]
     if written is not None:
-        both, latent = plans(codec, kv_cache), (work.q_latent, work.q_bias)
         key, value, slots = written
-        write_and_project(query, key, value, kv_cache, slots, tensors.prepared, *both, *latent, codec.wide_dtype)
-    attend_codes(
-        codec, tensors, query, kv_cache, requests, out, splits, False, work=work, projected=written is not None
-    )
+        write_and_project(query, key, value, kv_cache, slots, *tensors.prepared[:6], *attention.work[:2])
+    attention(query, kv_cache, tensors.prepared, requests.block_table, requests.seq_lens, requests.query_start_loc, out)
+
+
+def _bind_decode(
+    codec: LayerCodec,
+    tensors: Tensors,
+    query: Tensor,
+    written: Written | None,
+    kv_cache: Tensor,
+    requests: Requests,
+    out: Tensor,
+) -> tuple[Bound | None, BoundAttention]:
+    splits = num_splits(codec, requests.num_reqs, requests.max_query_len, requests.max_seq_len, query.device)
+    longest = requests.max_query_len
+    if written is None:
+        return None, _bind_codes(codec, tensors, query, kv_cache, requests, out, splits, False, longest, False)
+    attention = _bind_codes(codec, tensors, query, kv_cache, requests, out, splits, False, longest, True)
+    both, latent = plans(codec, kv_cache), attention.work[:2]
+    return bind_write_and_project(
+        query, *written[:2], kv_cache, written[2], tensors.prepared, *both, *latent, codec.wide_dtype
+    ), attention
 
 
 def prefill(
@@ -104,7 +137,7 @@ def prefill(
     # As an upper bound: with the true one every short tail of a prompt would be a kernel variant of its own.
     longest = max(requests.max_query_len, LONG_STEP)
     splits = cached_prefill.num_splits(codec, requests, query.device)
-    attend_codes(codec, tensors, query, kv_cache, requests, out, splits, skip_first_chunks=first, max_query_len=longest)
+    attend_codes(codec, tensors, query, kv_cache, requests, out, splits, skip_first_chunks=first, longest=longest)
 
 
 def fresh_attention(
@@ -202,12 +235,32 @@ def attend_codes(
     out: Tensor,
     splits: int,
     skip_first_chunks: bool,
-    max_query_len: int | None = None,
-    work: Workspace | None = None,
-    projected: bool = False,
+    longest: int,
 ) -> None:
-    longest = max_query_len or requests.max_query_len
-    paged_attention(
+    """The latent kernel over rows of no decode step; ``longest``: upper bound of the requests' query tokens."""
+    kind = "codes", codec, splits, skip_first_chunks, *like(query, kv_cache, out)
+    if kind not in requests.shared:
+        requests.shared[kind] = _bind_codes(
+            codec, tensors, query, kv_cache, requests, out, splits, skip_first_chunks, longest, False
+        )
+    requests.shared[kind](
+        query, kv_cache, tensors.prepared, requests.block_table, requests.seq_lens, requests.query_start_loc, out
+    )
+
+
+def _bind_codes(
+    codec: LayerCodec,
+    tensors: Tensors,
+    query: Tensor,
+    kv_cache: Tensor,
+    requests: Requests,
+    out: Tensor,
+    splits: int,
+    skip_first_chunks: bool,
+    longest: int,
+    projected: bool,
+) -> BoundAttention:
+    return bind_attention(
         query,
         kv_cache,
         *plans(codec, kv_cache),
@@ -223,7 +276,7 @@ def attend_codes(
         codec.soft_cap,
         codec.wide_dtype,
         skip_first_chunks,
-        work or Workspace(*workspace(*_shapes(codec, query.shape[0], splits))),
+        Workspace(*workspace(*_shapes(codec, query.shape[0], splits))),
         projected,
         launch_of(codec, longest, query.device),
     )

@@ -70,7 +70,7 @@ def warm_up(
         query, _ = rows(tokens)
         for skip in (False, True):
             empty = _empty_requests(1, LONG_STEP, LONG_STEP, device)
-            attend_codes(codec, tensors, query, cache, empty, torch.empty_like(query), splits, skip)
+            attend_codes(codec, tensors, query, cache, empty, torch.empty_like(query), splits, skip, LONG_STEP)
 
     def decode_step(num_reqs: int, query_len: int) -> None:
         query, written = rows(num_reqs * query_len)
