@@ -191,3 +191,12 @@ def test_the_loop_is_quoted_as_compiled():
     before, now = (loop["columns_64"][key] for key in ("before", "now"))
     quoted = f"{before['loop']}\ninstructions and {before['stack']} bytes of stack, now {now['loop']} and {now['stack']} (`decode-loop`)"
     assert quoted in PERFORMANCE
+
+
+def test_host_time_is_quoted_as_measured():
+    runs = RESULTS["host-time-cpu"]["runs"]
+    before, now = ([run["us_a_layer"] for run in runs[i::2]] for i in (0, 1))
+    assert [run["code"] for run in runs] == ["7ae4d6e", "launches bound once a step"] * 2 and len(before[0]) == 5
+    for name in before[0]:
+        cells = (" / ".join(f"{run[name]:.1f}" for run in side) for side in (before, now))
+        assert f"| {name} | {' | '.join(cells)} |" in PERFORMANCE

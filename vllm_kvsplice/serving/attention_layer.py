@@ -56,6 +56,12 @@ class LayerCodec:
         return self._hash
 
 
+@lru_cache(maxsize=256)
+def one_codec(codec: LayerCodec) -> LayerCodec:
+    """The same object for all layers of one kind: what they share is then found without comparing fields."""
+    return codec
+
+
 class Limits(NamedTuple):
     """The most that a step can hold, fixed when the engine starts."""
 

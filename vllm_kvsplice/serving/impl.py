@@ -99,7 +99,7 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
             raise KVSpliceError(
                 f"the projector now has {codec.layout} for {name}, whose cache holds {self.codec.layout}: restart the server."
             )
-        self.codec = codec
+        self.codec = attention_layer.one_codec(codec)
         attention_layer.attach(layer, found, layer._k_scale.device)
         layer.attn_backend = attention_layer.backend_with_bytes(layer.attn_backend, self.codec.bytes_per_token_head)
         startup.reserve(self.vllm_config, self.path, self.codec, layer._k_scale.device)
