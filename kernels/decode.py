@@ -30,16 +30,17 @@ from kvsplice_kernels.accumulate import (
     weights_of,
 )
 from kvsplice_kernels.checks import check_cache, check_dense, next_power_of_2, wide_type
+from kvsplice_kernels.decode_rows import attend_rows
 from kvsplice_kernels.dispatch import Bound
 from kvsplice_kernels.launch import Launch, default_launch
 from kvsplice_kernels.logits import Q_STEP, cast_query, load_query, logits
 from kvsplice_kernels.operands import SUB, load_scales, pages_of
-from kvsplice_kernels.packing import floor_power_of_two, inverse_power_of_two, page_of
+from kvsplice_kernels.packing import floor_power_of_two, inverse_power_of_two, page_of, tanh
 from kvsplice_kernels.pdl import launch_dependents, pdl_options, wait
 from kvsplice_kernels.plan import Plan, rank_of
 from kvsplice_kernels.query_tiles import check_requests, find_tile, num_query_tiles, request_lens
 
-TILE = 32  # tokens of a key tile
+TILE, ROWS_TILE = 32, 64  # tokens of a key tile; where queries are the rows
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LEAST = tl.constexpr(-1e30)  # stands in for -inf, of which another -inf cannot be taken
@@ -80,16 +81,9 @@ def _shift(m, factor):
 
 
 @triton.jit
-def _tanh(x):
-    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
-    y = (1.0 - e) / (1.0 + e)
-    return tl.where(x < 0, -y, y)
-
-
-@triton.jit
 def _capped(x, factor, bias, soft_cap):
     """soft_cap * tanh(logit / soft_cap) in units of 1 / factor, -inf kept."""
-    capped = _tanh((x * factor[None, :] + bias[None, :]) / soft_cap) * soft_cap
+    capped = tanh((x * factor[None, :] + bias[None, :]) / soft_cap) * soft_cap
     return tl.where(x == float("-inf"), float("-inf"), capped)
 
 
@@ -174,7 +168,7 @@ def decode_kernel(
     SKIP_FIRST_CHUNKS: tl.constexpr, ONE_TILE: tl.constexpr,
     K_RANK: tl.constexpr, K_PLAN: tl.constexpr,
     V_RANK: tl.constexpr, V_PLAN: tl.constexpr,
-    TILE_TOKENS: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+    TILE_TOKENS: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait(PDL)
     launch_dependents(PDL)
@@ -202,15 +196,26 @@ def decode_kernel(
         last_tile = tl.minimum(tile + per_split, tiles_end)
         lse_ptrs = lse_ptr + row * num_splits + split
         if tile < last_tile:
-            _attend(
-                q_latent_ptr + row * K_RANK, row_ok, q_position,
-                tl.load(q_bias_ptr + row, mask=row_ok, other=0.0),
-                kv_cache_ptr + kv_head.to(tl.int64) * stride_head,
-                block_table_ptr + request.to(tl.int64) * stride_table,
-                latent_ptr + (row * num_splits + split) * V_RANK, lse_ptrs,
-                stride_block, scale, soft_cap, first_token, end_token, tile, last_tile,
-                BLOCK_SIZE, WINDOW, SOFT_CAP, WIDE, TILE_TOKENS == 1, K_PLAN, V_PLAN, N, TILE,
-            )  # fmt: skip
+            if ROWS:
+                attend_rows(
+                    q_latent_ptr + row * K_RANK, row_ok, q_position,
+                    tl.load(q_bias_ptr + row, mask=row_ok, other=0.0),
+                    kv_cache_ptr + kv_head.to(tl.int64) * stride_head,
+                    block_table_ptr + request.to(tl.int64) * stride_table,
+                    latent_ptr + (row * num_splits + split) * V_RANK, lse_ptrs,
+                    stride_block, scale, soft_cap, first_token, end_token, tile, last_tile,
+                    BLOCK_SIZE, WINDOW, SOFT_CAP, WIDE, K_PLAN, V_PLAN, N, TILE,
+                )  # fmt: skip
+            else:
+                _attend(
+                    q_latent_ptr + row * K_RANK, row_ok, q_position,
+                    tl.load(q_bias_ptr + row, mask=row_ok, other=0.0),
+                    kv_cache_ptr + kv_head.to(tl.int64) * stride_head,
+                    block_table_ptr + request.to(tl.int64) * stride_table,
+                    latent_ptr + (row * num_splits + split) * V_RANK, lse_ptrs,
+                    stride_block, scale, soft_cap, first_token, end_token, tile, last_tile,
+                    BLOCK_SIZE, WINDOW, SOFT_CAP, WIDE, TILE_TOKENS == 1, K_PLAN, V_PLAN, N, TILE,
+                )  # fmt: skip
         else:
             tl.store(lse_ptrs, tl.full([N], float("-inf"), tl.float32), mask=row_ok)
 
@@ -220,6 +225,14 @@ def query_tile(group: int, max_query_len: int) -> tuple[int, int]:
     """(query tokens of a tile, columns of its dots): as many tokens as fill 64 columns, no more than a request has."""
     tokens = min(next_power_of_2(max_query_len), max(1, 64 // group))  # few variants to compile
     return tokens, max(8, next_power_of_2(tokens * group))
+
+
+def launched_tile(group: int, max_query_len: int, launch: Launch | None) -> tuple[int, int]:
+    """The same for a launch: with queries as rows, as many tokens as fill ``launch.rows``, and those rows."""
+    if launch is None or launch.rows is None:
+        return query_tile(group, max_query_len)
+    tokens = min(next_power_of_2(max_query_len), max(1, launch.rows // group))
+    return tokens, max(launch.rows, next_power_of_2(tokens * group))
 
 
 def decode(
@@ -296,15 +309,16 @@ def bind_decode(
     check_dense("lse", lse, (T, num_heads, num_splits))
     if num_heads % H:
         raise ValueError(f"q_latent: expected a multiple of {H} heads, got {num_heads}")
-    tile_tokens, columns = query_tile(num_heads // H, max_query_len)
+    group = num_heads // H
+    launch = launch or default_launch(query_tile(group, max_query_len)[1], k_rank + v_rank, v_plan)
+    tile_tokens, columns = launched_tile(group, max_query_len, launch)
     tiles = num_query_tiles(T, num_reqs, max_query_len, tile_tokens) if T > 0 and num_reqs > 0 else 0
-    launch = launch or default_launch(columns, k_rank + v_rank, v_plan)
     return Bound(
         decode_kernel, (tiles * num_splits, H),
         num_reqs, num_splits, block_table.stride(0), kv_cache.stride(0), kv_cache.stride(1), scale, soft_cap or 1.0,
-        GROUP=num_heads // H, BLOCK_SIZE=block_size, WINDOW=sliding_window or 0, SOFT_CAP=bool(soft_cap),
+        GROUP=group, BLOCK_SIZE=block_size, WINDOW=sliding_window or 0, SOFT_CAP=bool(soft_cap),
         WIDE=wide_type(wide_dtype), SKIP_FIRST_CHUNKS=skip_first_chunks, ONE_TILE=max_query_len <= tile_tokens,
         K_RANK=k_rank, K_PLAN=k_plan, V_RANK=v_rank, V_PLAN=v_plan,
-        TILE_TOKENS=tile_tokens, N=columns, TILE=TILE,
+        TILE_TOKENS=tile_tokens, N=columns, TILE=ROWS_TILE if launch.rows else TILE, ROWS=launch.rows is not None,
         **launch.options(), **pdl_options(q_latent.device),
     )  # fmt: skip

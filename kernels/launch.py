@@ -24,13 +24,15 @@ class Launch:
     """One way to launch decode.
 
     num_warps: of a program. num_stages: of the loop over tiles. maxnreg: most registers of a thread, None: up to 255.
-    programs: on a multiprocessor, in one wave, that choose_num_splits cuts the keys for.
+    programs: on a multiprocessor, in one wave, that choose_num_splits cuts the keys for. rows: query rows of a program that has
+        queries as rows (decode_rows), at least 64 for Hopper's tensor cores; None: tokens are the rows.
     """
 
     num_warps: int
     num_stages: int = 3
     maxnreg: int | None = None
     programs: int = PROGRAMS
+    rows: int | None = None
 
     def options(self) -> dict[str, int]:
         """Keyword arguments of a Triton launch."""

@@ -61,6 +61,13 @@ def inverse_power_of_two(x):
     return ((254 << 23) - x.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def tanh(x):
+    e = tl.exp2(tl.abs(x) * -2.8853900817779268)  # -2 log2(e)
+    y = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0, -y, y)
+
+
 # ---------------------------------------------------------------- codes
 @triton.jit
 def scale_of(code):

@@ -21,6 +21,7 @@ from kernel_cases import (
 )
 from torch import Tensor
 
+from kvsplice_kernels.launch import Launch
 from vllm_kvsplice.codec import reference
 
 
@@ -41,12 +42,14 @@ def run_reference(batch: Batch, dtype: torch.dtype) -> Tensor:
     )  # fmt: skip
 
 
-def run_kernels(batch: Batch, out: Tensor, workspace: attention.Workspace | None = None) -> None:
+def run_kernels(
+    batch: Batch, out: Tensor, workspace: attention.Workspace | None = None, launch: Launch | None = None
+) -> None:
     case = batch.case
     attention.paged_attention(
         batch.query, batch.kv_cache, batch.plan("k"), batch.plan("v"), prepared(batch), batch.block_table,
         batch.seq_lens, batch.query_start_loc, case.head_dim**-0.5, out, max(case.query_lens),
-        case.splits, case.window, case.soft_cap, batch.wide_dtype, case.skip_first_chunks, workspace,
+        case.splits, case.window, case.soft_cap, batch.wide_dtype, case.skip_first_chunks, workspace, launch=launch,
     )  # fmt: skip
 
 
@@ -57,12 +60,12 @@ def poisoned_workspace(batch: Batch) -> attention.Workspace:
     return attention.Workspace(*(torch.full(s, float("nan"), device=batch.query.device) for s in shapes))
 
 
-def check_attention(case: Case, device: str = DEVICE) -> None:
+def check_attention(case: Case, device: str = DEVICE, launch: Launch | None = None) -> None:
     """project_query, decode and reduce_expand together against the reference; skipped and foreign rows keep NaN."""
     batch = make_batch(case, device)
     before = batch.storage.clone()
     out = torch.full((batch.query.shape[0] + 3, *batch.query.shape[1:]), float("nan"), device=device)
-    run_kernels(batch, out, poisoned_workspace(batch))
+    run_kernels(batch, out, poisoned_workspace(batch), launch)
     exact, low = run_reference(batch, torch.float64), run_reference(batch, case.low)
     live = torch.zeros(out.shape[0], dtype=torch.bool)
     starts = batch.query_start_loc.tolist()

@@ -120,6 +120,8 @@ def test_without_a_gpu_it_says_so_in_a_sentence(capsys):
     "given",
     [
         {"what": ("decode", "sleep")},
+        {"query_lens": (0,)},
+        {"query_lens": (2, 41), "shapes": ((1, 40),)},
         {"what": ()},
         {"heads": ((28, 5),)},
         {"shapes": ((0, 10),)},

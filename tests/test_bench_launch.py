@@ -30,13 +30,23 @@ A, B = Launch(1, 4, 168, 12), Launch(1, 2, None, 8)
 
 # ---------------------------------------------------------------- grid and choice
 def test_the_grid_holds_the_default_first_and_nothing_twice():
-    variants = launch_choice.variants(DEFAULT)
+    variants = launch_choice.variants(DEFAULT, 8)
     assert variants[0] == DEFAULT and len(variants) == len(set(variants)) == 2 * 3 * 4
     found = launch_choice.candidates(DEFAULT, variants)
     assert found[0] == DEFAULT and len(found) == len(set(found)) == 24 * 5
     assert {launch.num_warps for launch in found[:60]} == {1}  # of more warps last
     assert {launch.programs for launch in found} == {6, 8, 10, 12, 16}
-    assert {launch.num_warps for launch in launch_choice.variants(Launch(4))} == {4, 8}
+    assert {launch.num_warps for launch in launch_choice.variants(Launch(4), 16)} == {4, 8}
+
+
+def test_many_columns_are_tried_as_rows_too_and_first():
+    default = Launch(4)
+    variants = launch_choice.variants(default, 64)
+    assert len(variants) == len(set(variants)) == 24 + 4 and {v.rows for v in variants[5:]} == {None}
+    assert variants[:5] == [default, *(Launch(n // 16, s, None, 8, n) for n in (64, 128) for s in (3, 2))]
+    found = launch_choice.candidates(default, variants)
+    assert len(found) == len(set(found)) == 24 * 5 + 4 * 4
+    assert {launch.programs for launch in found if launch.rows} == {1, 2, 3, 4}
 
 
 def test_a_variant_that_is_not_usable_is_not_tried_but_the_default_is():
@@ -83,7 +93,7 @@ def swept(monkeypatch, us, deadline: float = 1e18):
     points = Points(us)
     monkeypatch.setattr(launch_sweep, "_point", lambda *_: points)
     job = bench_launch._groups(LaunchRequest(("int8",), shapes=((1, 40),)))
-    tried = launch_choice.variants(DEFAULT)
+    tried = launch_choice.variants(DEFAULT, 8)
     return launch_sweep.sweep(*job.values(), DEFAULT, tried, Device("cpu"), deadline), points
 
 
@@ -131,7 +141,7 @@ def test_what_the_rehearsal_rejects_is_counted_and_not_tried_but_the_default_is(
     assert entry["measured"]["candidates"] == {"timed": 16 * 5, "wrong": 4 * 5, "failed": 4 * 5}
     assert entry["launch"] == entry["measured"]["best"] == vars(Launch(1, 3, 200, 16))
     assert entry["measured"]["points"] == [
-        {"heads": "28/4", "batch": 64, "context": 4096, "default_us": 92.0, "best_us": 84.0}
+        {"heads": "28/4", "batch": 64, "context": 4096, "query_len": 1, "default_us": 92.0, "best_us": 84.0}
     ]
 
 
@@ -148,20 +158,32 @@ def test_layouts_and_columns_make_entries_and_heads_points():
     assert [[job.heads for job in jobs] for jobs in found.values()] == [[(28, 4), (32, 8)], [(64, 4)]] * 4
 
 
+def test_query_lengths_make_columns():
+    request = LaunchRequest(("int8",), ((28, 4),), (128,), ((8, 100),), query_lens=(1, 5, 8))
+    found = bench_launch._groups(request)
+    assert [key[1] for key in found] == [8, 64]
+    assert [[job.query_len for job in jobs] for jobs in found.values()] == [[1], [5, 8]]
+
+
 RUN = """
 import sys
 from kvsplice_kernels import attention
 from vllm_kvsplice.bench import launch, launch_choice
 from vllm_kvsplice.bench.kernels_timing import Device
 
-right = attention.decode
+right = attention.bind_decode
 
 def wrong_at_two_stages(*args):
-    right(*args)
-    if args[-1].num_stages == 2:
-        args[8].mul_(1.03)
+    bound = right(*args)
 
-attention.decode = wrong_at_two_stages
+    def launch(*tensors):
+        bound(*tensors)
+        if args[-1].num_stages == 2:
+            tensors[6].mul_(1.03)
+
+    return launch
+
+attention.bind_decode = wrong_at_two_stages
 launch_choice.WARPS, launch_choice.STAGES, launch_choice.REGISTERS = (1,), (3, 2), (200, 168)
 request = launch.LaunchRequest(("near_lossless",), ((2, 1),), (32,), ((1, 20),), json=sys.argv[1])
 sys.exit(launch.run_on(request, Device("cpu", cold_bytes=300, replays=2), "Some GPU, 2 GB"))
@@ -177,7 +199,7 @@ def test_the_whole_command_writes_a_file_that_serving_can_read(tmp_path):
     (entry,) = found.entries
     assert found.gpu == "Some GPU, 2 GB" and entry.key == (32, 8, "K 8x8+24x4 V 8x8+24x4")
     assert entry.measured["candidates"] == {"timed": 10, "wrong": 10}
-    assert entry.measured["default"] == {"num_warps": 1, "num_stages": 3, "maxnreg": 200, "programs": 8}
+    assert entry.measured["default"] == vars(Launch(1, 3, 200, 8))
     assert entry.measured["best"]["num_stages"] == 3
     (point,) = entry.measured["points"]
     ratio = point["default_us"] / point["best_us"]
@@ -191,7 +213,9 @@ def test_without_a_gpu_it_says_so_in_a_sentence(capsys):
     assert capsys.readouterr().err.startswith("kvsplice: kvsplice bench launch found no NVIDIA GPU: expected one")
 
 
-@pytest.mark.parametrize("given", [{"heads": ((28, 5),)}, {"shapes": ((0, 10),)}, {"seconds": 0.0}])
+@pytest.mark.parametrize(
+    "given", [{"heads": ((28, 5),)}, {"shapes": ((0, 10),)}, {"seconds": 0.0}, {"query_lens": (0,)}, {"query_lens": ()}]
+)
 def test_a_request_that_is_none_is_refused(given):
     with pytest.raises(KVSpliceError, match="expected"):
         bench_launch.run(LaunchRequest(**given))

@@ -8,12 +8,51 @@ import kernel_checks as checks
 import pytest
 import torch
 
+from kvsplice_kernels.launch import Launch
 from vllm_kvsplice.codec import reference
 
 
 @pytest.mark.parametrize("name", cases.ATTENTION)
 def test_attention_matches_reference(name: str) -> None:
     checks.check_attention(cases.ATTENTION[name])
+
+
+@pytest.mark.parametrize("name", cases.ATTENTION)
+def test_queries_as_rows_match_reference(name: str) -> None:
+    """In several tiles of rows, as rows=16 makes them, which no file of configs/launch/ may ask for."""
+    checks.check_attention(cases.ATTENTION[name], launch=Launch(4, num_stages=2, rows=16))
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize("name", ["group-8-speculative", "long-query-skip", "wide-fp16", "group-16"])
+def test_rows_of_a_real_launch(name: str, rows: int) -> None:
+    checks.check_attention(cases.ATTENTION[name], launch=Launch(rows // 16, rows=rows))
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_rows_unpack_the_whole_range_of_scales_exactly(bits: int) -> None:
+    """Requests of one token under scales from 2**-15 to the greatest: the latent is the token's, but for exp2's last bits."""
+    codes = torch.arange(24, 256, 7, device=cases.DEVICE).to(torch.uint8)
+    ones = (1,) * len(codes)
+    batch = cases.make_batch(
+        cases.Case(k=((bits, 64),), v=((bits, 64),), seq_lens=ones, query_lens=ones, splits=1, num_kv_heads=1, group=2)
+    )
+    pages = batch.kv_cache[batch.block_table[:, 0].long(), 0].flatten(1)
+    for side in ("k", "v"):
+        pages[:, batch.plan(side)[0][4]] = codes
+    batch.kv_cache[batch.block_table[:, 0].long(), 0] = pages.unflatten(1, batch.kv_cache.shape[2:])
+    work, out = checks.poisoned_workspace(batch), torch.empty(batch.query.shape, device=cases.DEVICE)
+    checks.run_kernels(batch, out, work, Launch(4, rows=16))
+    k, v = (
+        reference.read_side(
+            batch.kv_cache, batch.plan(side), batch.block_table[:, 0].long(), torch.float64, torch.bfloat16
+        ).unflatten(1, (len(codes), -1))[0, :, 0]
+        for side in ("k", "v")
+    )
+    assert ((work.latent[:, :, 0] - v[:, None]).abs() <= 2**-18 * v[:, None].abs()).all()  # rounded to fp16: 2**-12
+    terms = work.q_latent.double() * k[:, None] * 0.125
+    exact = terms.sum(-1) + work.q_bias * 0.125
+    assert ((work.lse[:, :, 0] - exact).abs() <= 2**-11 * terms.abs().sum(-1) + 1e-5).all()
 
 
 def test_stage_1_alone() -> None:

@@ -95,6 +95,13 @@ def test_a_file_is_found_by_gpu_head_dim_columns_and_layout(folder):
     assert launch.tuned(LAYOUT, 7, 1, torch.device("cpu")) is None
 
 
+def test_a_launch_with_queries_as_rows_is_read(folder):
+    from kvsplice_kernels.launch import Launch
+
+    put(folder, content(ENTRY | {"columns": 64, "launch": PARAMETERS | {"num_warps": 4, "rows": 64}}))
+    assert launch.tuned(LAYOUT, 7, 5, CUDA) == launch.tuned(LAYOUT, 7, 1024, CUDA) == Launch(4, 4, 168, 12, rows=64)
+
+
 def test_an_unknown_gpu_gets_the_default(folder, monkeypatch):
     put(folder, content(ENTRY))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 NVL")
@@ -117,6 +124,7 @@ def test_a_file_is_read_once(folder, monkeypatch):
         (content(ENTRY | {"launch": PARAMETERS | {"maxnreg": 256}}), "maxnreg"),
         (content(ENTRY | {"launch": PARAMETERS | {"programs": 12.5}}), "programs"),
         (content(ENTRY | {"launch": PARAMETERS | {"waves": 1}}), "waves"),
+        (content(ENTRY | {"launch": PARAMETERS | {"rows": 63}}), "rows"),
         (content(ENTRY | {"launch": {"num_warps": 1}}), "num_stages"),
         (content(ENTRY | {"columns": 7}), "columns"),
         (content(ENTRY | {"layout": "int8"}), "layout"),

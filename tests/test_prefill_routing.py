@@ -19,6 +19,7 @@ pytest.importorskip("vllm")
 
 from prefill_cases import attention, codec_of, num_bytes, requests_of
 
+from kvsplice_kernels.launch import Launch
 from kvsplice_kernels.reduce_expand import reduce_tiles
 from vllm_kvsplice.serving import cached_prefill, fallback_attention, triton_path, warm_up
 from vllm_kvsplice.serving.attention_layer import Limits
@@ -117,6 +118,9 @@ def test_few_rows_over_long_context_split_the_keys(monkeypatch: pytest.MonkeyPat
     assert splits(8, 1000, known=False) == 32
     assert splits(8, 32768, heads=128) == 1 and splits(8, 32768, copies=40) == 1  # the GPU is full without
     assert splits(130, 32768) == 1  # more latents than scratch holds
+    monkeypatch.setattr(cached_prefill, "tuned", lambda *args: Launch(8, rows=128, programs=2))
+    assert splits(16, 32768) == 32 and splits(16, 32768, heads=8) == 32 and splits(16, 32768, heads=16) == 8
+    assert splits(36, 32768) == 8 and splits(19, 32768, heads=8) == 8  # tiles of 16 tokens
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

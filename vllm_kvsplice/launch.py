@@ -37,6 +37,7 @@ class LaunchParameters(_Strict):
     num_stages: int = Field(ge=1, le=8)
     maxnreg: int | None = Field(ge=32, le=255)
     programs: int = Field(ge=1, le=64)
+    rows: Literal[64, 128] | None = None  # absent from files that were made before there was a choice
 
 
 class Entry(_Strict):

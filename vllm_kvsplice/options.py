@@ -185,6 +185,8 @@ def bench_kernels_options(command: argparse.ArgumentParser) -> None:
     add("--head-dim", type=int, metavar="N", help="dimensions of a head (default: 128)")
     text = "of the decode kernel, repeatable (default: 64x4096 256x2048 16x32768 8x8192 1x32768)"
     add("--shape", dest="shapes", action="append", type=_numbers(2, "x"), metavar="BATCHxCONTEXT", help=text)
+    text = "new tokens of each request in a decode step, repeatable (default: 1)"
+    add("--query-len", dest="query_lens", action="append", type=int, metavar="N", help=text)
     add("--what", action="extend", type=_words, metavar="LIST", help="of decode,write,prefill (default: all)")
     add(
         "--splits",
@@ -222,6 +224,8 @@ def bench_launch_options(command: argparse.ArgumentParser) -> None:
     add("--head-dim", dest="head_dims", action="append", type=int, metavar="N", help=text)
     text = "repeatable (default: 64x4096 16x32768 8x8192)"
     add("--shape", dest="shapes", action="append", type=_numbers(2, "x"), metavar="BATCHxCONTEXT", help=text)
+    text = "new tokens of each request, repeatable (default: 1)"
+    add("--query-len", dest="query_lens", action="append", type=int, metavar="N", help=text)
     text = "after which no further candidate is begun (default: 300)"
     add("--seconds", type=float, metavar="S", help=text)
     add("--json", metavar="OUT", help="write the result, a file for configs/launch/")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING
 
 from vllm_kvsplice.bench.kernels_data import Shape
@@ -113,13 +114,13 @@ def _chosen(
 
 
 def _decode_jobs(request: KernelsRequest, ours: Layouts, heads: tuple[int, int], num_sms: int) -> Iterator[Job]:
-    for batch, context in request.shapes:
+    for (batch, context), query_len in product(request.shapes, request.query_lens):
         for (kernel, preset), sizes in _chosen(request, DECODE_PEERS).items():
             for block_size in sizes:
-                yield Job("decode", kernel, preset, heads, request.head_dim, batch, context, 1, block_size)
+                yield Job("decode", kernel, preset, heads, request.head_dim, batch, context, query_len, block_size)
         for preset, of_file in ours:
             for block_size in request.block_sizes:
-                at = OURS, preset, heads, request.head_dim, batch, context, 1, block_size
+                at = OURS, preset, heads, request.head_dim, batch, context, query_len, block_size
                 for splits in _split_counts(request, batch, heads[1], context, num_sms):
                     yield Job("decode", *at, splits, of_file=of_file)
 

@@ -82,7 +82,9 @@ def failure(job: Job, outcome: Outcome) -> Row:
 def point_title(job: Job) -> str:
     """The line above a block of the table."""
     sizes = f"{job.batch} x {job.context} tokens"
-    if job.what == "write":
+    if job.what == "decode" and job.query_len > 1:
+        sizes += f", the last {job.query_len} of each new"
+    elif job.what == "write":
         sizes = f"{job.query_len} tokens"
     elif job.what == "prefill":
         sizes = f"{job.batch} x {job.query_len} new tokens, {job.context - job.query_len} cached before"

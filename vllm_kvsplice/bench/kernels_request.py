@@ -18,7 +18,8 @@ class KernelsRequest:
     Args:
         presets: names or .toml files, as `kvsplice calibrate --preset` takes them, or projector files (.safetensors), of
             which every distinct layout is measured, and their mean over the file's layers; bases are random.
-        heads: (query heads, KV heads). shapes: (requests, tokens of each) of the decode kernel.
+        heads: (query heads, KV heads). shapes: (requests, tokens of each) of the decode kernel. query_lens: new tokens of each
+            request in a decode step, those that a draft proposed among them.
         what: "decode", "write" and "prefill". peers: other kernels beside ours, where they can be imported; peer: those of
             these names alone, for example "flash-attention-3".
         json: file for the result. splits: the count that serving would choose, or a "sweep" around the
@@ -31,6 +32,7 @@ class KernelsRequest:
     heads: tuple[tuple[int, int], ...] = ((28, 4),)
     head_dim: int = 128
     shapes: tuple[tuple[int, int], ...] = ((64, 4096), (256, 2048), (16, 32768), (8, 8192), (1, 32768))
+    query_lens: tuple[int, ...] = (1,)
     what: tuple[str, ...] = KINDS
     peers: bool = True
     peer: tuple[str, ...] = ()
@@ -55,6 +57,10 @@ class KernelsRequest:
         sizes = (*self.shapes, *self.chunks, self.write_tokens)
         if any(n < 1 for shape in self.shapes for n in shape) or any(n < 1 for n in self.write_tokens):
             raise KVSpliceError(f"sizes {sizes} are not all positive: expected requests and tokens of at least 1.")
+        if not self.query_lens or any(q < 1 or q > n for q in self.query_lens for _, n in self.shapes):
+            raise KVSpliceError(
+                f"query lengths {self.query_lens} do not fit: expected 1 to the tokens of a request, for example 5."
+            )
         if any(batch < 1 or query_len < 1 or cached < 0 for batch, query_len, cached in self.chunks):
             raise KVSpliceError(f"chunks {self.chunks} do not fit: expected (requests, new tokens, cached tokens).")
         if self.splits not in ("chosen", "sweep"):

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvsplice.errors import KVSpliceError
@@ -36,7 +37,8 @@ class LaunchRequest:
 
     Args:
         presets: names or .toml files; presets of one layout at a head_dim are one entry. heads: (query heads, KV heads);
-            those of equal columns are points of one entry. shapes: (requests, tokens of each).
+            those of equal columns are points of one entry. shapes: (requests, tokens of each). query_lens: new tokens of each
+            request, which make the columns too.
         seconds: after which no further candidate is begun; about a third goes to compiling. json: file for the result.
     """
 
@@ -44,6 +46,7 @@ class LaunchRequest:
     heads: tuple[tuple[int, int], ...] = ((28, 4),)
     head_dims: tuple[int, ...] = (128,)
     shapes: tuple[tuple[int, int], ...] = ((64, 4096), (16, 32768), (8, 8192))
+    query_lens: tuple[int, ...] = (1,)
     seconds: float = 300.0
     json: str | None = None
 
@@ -56,6 +59,10 @@ class LaunchRequest:
         if any(n < 1 for shape in self.shapes for n in shape):
             raise KVSpliceError(
                 f"shapes {self.shapes} are not all positive: expected requests and tokens of at least 1."
+            )
+        if not self.query_lens or any(q < 1 or q > n for q in self.query_lens for _, n in self.shapes):
+            raise KVSpliceError(
+                f"query lengths {self.query_lens} do not fit: expected 1 to the tokens of a request, for example 5."
             )
         if not self.seconds > 0:
             raise KVSpliceError(f"--seconds {self.seconds:g} is no time: expected more than 0, for example 300.")
@@ -121,11 +128,11 @@ def _groups(request: LaunchRequest) -> dict[Key, list[Job]]:
     for head_dim in request.head_dims:
         for preset in request.presets:
             layout = str(resolve(preset, head_dim)[0])
-            for heads in request.heads:
-                key = head_dim, query_tile(heads[0] // heads[1], 1)[1], layout
+            for heads, query_len in product(request.heads, request.query_lens):
+                key = head_dim, query_tile(heads[0] // heads[1], query_len)[1], layout
                 for batch, context in request.shapes:
-                    job = Job("decode", OURS, preset, heads, head_dim, batch, context, 1, VLLM_BLOCK_SIZE)
-                    found[key].setdefault((heads, batch, context), job)
+                    job = Job("decode", OURS, preset, heads, head_dim, batch, context, query_len, VLLM_BLOCK_SIZE)
+                    found[key].setdefault((heads, batch, context, query_len), job)
     return {key: list(jobs.values()) for key, jobs in found.items()}
 
 
@@ -147,7 +154,7 @@ def _rehearse(groups: dict[Key, list[Job]], device: Device, seconds: float) -> d
     small = {
         replace(jobs[0], batch=SMALL[0], context=SMALL[1], launch=launch): (key, launch)
         for key, jobs in groups.items()
-        for launch in variants(_default(key, jobs[0]))
+        for launch in variants(_default(key, jobs[0]), key[1])
     }
     return {small[job]: outcome.text for job, outcome in rehearse(list(small), device, seconds).items()}
 
@@ -155,14 +162,14 @@ def _rehearse(groups: dict[Key, list[Job]], device: Device, seconds: float) -> d
 def _entry(
     key: Key, jobs: Sequence[Job], rejected: dict[tuple[Key, Launch], str], device: Device, deadline: float
 ) -> dict[str, Any]:
-    from vllm_kvsplice.bench.launch_choice import PROGRAMS, choose, variants
+    from vllm_kvsplice.bench.launch_choice import choose, programs_of, variants
     from vllm_kvsplice.bench.launch_sweep import sweep
 
     default = _default(key, jobs[0])
     bad = {launch: text for (k, launch), text in rejected.items() if k == key and launch != default}
-    found = sweep(jobs, default, [v for v in variants(default) if v not in bad], device, deadline)
-    for text in bad.values():
-        found.outcomes[_outcome(text)] += len(PROGRAMS)
+    found = sweep(jobs, default, [v for v in variants(default, key[1]) if v not in bad], device, deadline)
+    for launch, text in bad.items():
+        found.outcomes[_outcome(text)] += len(programs_of(launch))
     choice = choose(default, found.times)
     return {
         **dict(zip(("head_dim", "columns", "layout"), key, strict=True)),
@@ -192,6 +199,7 @@ def _points(jobs: Sequence[Job], found: Sweep, best: Launch) -> list[dict[str, A
             "heads": f"{job.heads[0]}/{job.heads[1]}",
             "batch": job.batch,
             "context": job.context,
+            "query_len": job.query_len,
             "default_us": default_us,
             "best_us": best_us,
         }
@@ -199,14 +207,17 @@ def _points(jobs: Sequence[Job], found: Sweep, best: Launch) -> list[dict[str, A
     ]
 
 
+def _point_name(point: dict[str, Any]) -> str:
+    new = f", {point['query_len']} new" if point["query_len"] > 1 else ""
+    return f"{point['batch']}x{point['context']}{new} us"
+
+
 def _table(entry: dict[str, Any]) -> str:
     """An entry as a few lines."""
     from vllm_kvsplice.scoring.results import table
 
     facts = entry["measured"]
-    rows = [
-        ("", "warps", "stages", "registers", "programs", *(f"{p['batch']}x{p['context']} us" for p in facts["points"]))
-    ]
+    rows = [("", "warps", "stages", "registers", "programs", "rows", *(_point_name(p) for p in facts["points"]))]
     for name in ("default", "best"):
         launch = [str(value) if value else "-" for value in facts[name].values()]
         rows.append((name, *launch, *(f"{point[f'{name}_us']:.1f}" for point in facts["points"])))

@@ -18,6 +18,12 @@ WARPS = 1, 2  # times the default's
 STAGES = 3, 2, 4
 REGISTERS = 200, 168, None, 128  # of a thread: 10, 12, 8 and 16 warps on a multiprocessor
 PROGRAMS = 8, 10, 12, 16, 6
+# Queries as rows, from LEAST_COLUMNS on: 4 warps for each 64 rows, 200 registers and more a thread (compiled for sm_90), so that
+# few programs lie on a multiprocessor.
+ROWS = 64, 128
+ROWS_STAGES = 3, 2
+ROWS_PROGRAMS = 2, 1, 3, 4
+LEAST_COLUMNS = 32
 LEAST_GAIN = 1.02  # below this, a default that all GPUs share is worth more
 
 
@@ -33,16 +39,24 @@ class Choice(NamedTuple):
         return self.best if self.speedup >= LEAST_GAIN else None
 
 
-def variants(default: Launch) -> list[Launch]:
+def variants(default: Launch, columns: int) -> list[Launch]:
     """What is compiled, the default first; programs are the default's."""
     grid = product(WARPS, STAGES, REGISTERS)
     found = [replace(default, num_warps=w * default.num_warps, num_stages=s, maxnreg=r) for w, s, r in grid]
-    return list(dict.fromkeys([default, *found]))
+    rows = [
+        replace(default, num_warps=n // 16, num_stages=s, maxnreg=None, rows=n) for n, s in product(ROWS, ROWS_STAGES)
+    ]
+    return list(dict.fromkeys([default, *(rows if columns >= LEAST_COLUMNS else []), *found]))
+
+
+def programs_of(variant: Launch) -> tuple[int, ...]:
+    """Counts of programs that a variant is timed with."""
+    return PROGRAMS if variant.rows is None else ROWS_PROGRAMS
 
 
 def candidates(default: Launch, usable: Sequence[Launch]) -> list[Launch]:
-    """What is timed: every usable variant with every count of programs, the default first."""
-    found = [replace(variant, programs=n) for variant in usable for n in PROGRAMS]
+    """What is timed: every usable variant with its counts of programs, the default first."""
+    found = [replace(variant, programs=n) for variant in usable for n in programs_of(variant)]
     return list(dict.fromkeys([default, *found]))
 
 

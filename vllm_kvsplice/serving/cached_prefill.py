@@ -17,11 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvsplice_kernels.decode import TILE, query_tile
+from kvsplice_kernels.decode import TILE, launched_tile
 from kvsplice_kernels.dispatch import Bound
 from kvsplice_kernels.expand_cached import START_MULTIPLE, bind_copy, bind_expand
-from kvsplice_kernels.launch import multiprocessors
+from kvsplice_kernels.launch import Launch, multiprocessors
 from kvsplice_kernels.query_tiles import num_query_tiles
+from vllm_kvsplice.launch import tuned
 from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits
 from vllm_kvsplice.serving.metadata import Prefills, like
 from vllm_kvsplice.serving.refusals import FLASH_HEAD_DIM
@@ -40,6 +41,7 @@ LATENT_TOKENS = (
 # one split on an H200. Expanding them takes the time of the bytes above, and a piece some 80 us on the host and in FlashAttention.
 KEY_US, EXPANDED_KEY_US, PIECE_US = 1856 / 32768, 0.29e-3, 80.0
 PREFILL_SPLITS = (32, 8)  # of the keys, of few prefill tokens: each is variants of reduce_expand to compile
+PREFILL_PROGRAMS = 4  # of the latent kernel on a multiprocessor, where its launch is not one that counts them
 LONG_STEP = 1024  # tokens: past the sizes at which the launchers change their tiles
 
 Ints = NDArray[np.int64]
@@ -187,21 +189,26 @@ def plan(codec: LayerCodec, requests: Prefills, with_fresh: bool, device: torch.
 
 def num_splits(codec: LayerCodec, requests: Prefills, device: torch.device) -> int:
     """Splits of the keys where the latent kernel serves a step, the same for all layers of a kind: few query tokens, the end of
-    a prompt that is cached, would leave the GPU empty. As many as four programs a multiprocessor, each with four tiles of keys
-    or more, and the scratch of a longer step allow."""
-    key = ("splits", codec.num_heads, codec.num_kv_heads, device)
+    a prompt that is cached, would leave the GPU empty. As many as the programs that lie on a multiprocessor, each with four
+    tiles of keys or more, and the scratch of a longer step allow."""
+    key = ("splits", codec, device)
     if key not in requests.shared:
-        requests.shared[key] = _num_splits(codec.num_heads // codec.num_kv_heads, codec.num_kv_heads, requests, device)
+        group = codec.num_heads // codec.num_kv_heads
+        launch = tuned(codec.layout, group, LONG_STEP, device)
+        requests.shared[key] = _num_splits(group, codec.num_kv_heads, requests, device, launch)
     found: int = requests.shared[key]
     return found
 
 
-def _num_splits(group: int, num_kv_heads: int, requests: Prefills, device: torch.device) -> int:
-    tile_tokens, _ = query_tile(group, LONG_STEP)
+def _num_splits(
+    group: int, num_kv_heads: int, requests: Prefills, device: torch.device, launch: Launch | None = None
+) -> int:
+    tile_tokens, _ = launched_tile(group, LONG_STEP, launch)
     tiles = num_query_tiles(requests.num_tokens, requests.num_reqs, LONG_STEP, tile_tokens)
     known = requests.seq_lens_cpu
     longest = requests.max_seq_len if known is None else int(known.max())
-    programs = 4 * multiprocessors(device) // (tiles * num_kv_heads)
+    at_once = launch.programs if launch is not None and launch.rows is not None else PREFILL_PROGRAMS
+    programs = at_once * multiprocessors(device) // (tiles * num_kv_heads)
     most = min(programs, longest // (4 * TILE), LATENT_TOKENS // requests.num_tokens)
     return next((splits for splits in PREFILL_SPLITS if splits <= most), 1)
 
