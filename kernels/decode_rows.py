@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from kvsplice_kernels.packing import (
+    INTERPRETED,
     dot,
     floor_power_of_two,
     inverse_power_of_two,
@@ -101,6 +102,39 @@ def _load_scales(page, place, PLAN: tl.constexpr):
 
 
 @triton.jit
+def _code_pair(raw, i: tl.constexpr, PLAN: tl.constexpr, t: tl.constexpr):
+    """Parts i and i + 1 of bytes as exact fp16 codes, in the two halves of one register for each byte."""
+    if INTERPRETED:
+        return operand(raw, i, PLAN, t), operand(raw, i + 1, PLAN, t)
+    else:
+        pair = tl.inline_asm_elementwise(
+            _pair_asm(i, tier_bits(PLAN, t)), "=&r,=&r,=&r,=&r,r", [raw], dtype=tl.int32, is_pure=True, pack=4
+        )
+        return pair.to(tl.int16).to(tl.float16, bitcast=True), (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.constexpr_function
+def _pair_asm(i, nbits):
+    """PTX of _code_pair for four bytes. A code in bits b .. of an fp16 whose exponent makes those count from 1 is 2**(10 - b)
+    and the code; lop3 0xea is (a & b) | c."""
+    shifts = i * nbits, (i + 1) * nbits
+    mask, magic, bias = 0, 0, 0
+    for half, shift in enumerate(shifts):
+        bits = (25 - shift) << 10  # of 2**(10 - shift)
+        mask |= ((1 << nbits) - 1) << (shift + 16 * half)
+        magic |= bits << (16 * half)
+        bias |= (bits | 0x8000) << (16 * half)
+    lines = [".reg .b32 b;", f"mov.b32 b, {bias:#x};"]
+    for byte in range(4):
+        lines += [
+            f"prmt.b32 ${byte}, $4, 0, {0x4040 + 0x101 * byte:#x};",
+            f"lop3.b32 ${byte}, ${byte}, {mask:#x}, {magic:#x}, 0xea;",
+            f"add.f16x2 ${byte}, ${byte}, b;",
+        ]
+    return "{ " + " ".join(lines) + " }"
+
+
+@triton.jit
 def _latents(page, place, valid, scale_code, PLAN: tl.constexpr, t: tl.constexpr, c: tl.constexpr, WIDE: tl.constexpr):
     """A chunk of a tile unpacked, [TILE, columns]: fp16 in units of UNIT, or the model's floats of a 16-bit tier."""
     raw = load_codes(page, place, valid, PLAN, t, c, WIDE)
@@ -111,11 +145,12 @@ def _latents(page, place, valid, scale_code, PLAN: tl.constexpr, t: tl.constexpr
         if tier_bits(PLAN, t) == 8:
             return operand(raw, 0, PLAN, t) * scale[:, None]
         else:
+            first, second = _code_pair(raw, 0, PLAN, t)
             if tier_bits(PLAN, t) == 4:
-                codes = tl.join(operand(raw, 0, PLAN, t), operand(raw, 1, PLAN, t))
+                codes = tl.join(first, second)
             else:
-                even = tl.join(operand(raw, 0, PLAN, t), operand(raw, 2, PLAN, t))
-                codes = tl.join(even, tl.join(operand(raw, 1, PLAN, t), operand(raw, 3, PLAN, t)))
+                third, fourth = _code_pair(raw, 2, PLAN, t)
+                codes = tl.join(tl.join(first, third), tl.join(second, fourth))
             codes = tl.reshape(codes, [raw.shape[0], raw.shape[1] * num_parts(PLAN, t)])
             offset = scale * (-middle(PLAN, t))
             return tl.fma(

@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import kernel_cases as cases
 import kernel_checks as checks
+import numpy as np
 import pytest
 import torch
 
+from kvsplice_kernels import decode_rows
 from kvsplice_kernels.launch import Launch
 from vllm_kvsplice.codec import reference
 
@@ -189,3 +191,40 @@ def test_chosen_splits_fill_the_gpu_and_no_more() -> None:
     assert choose(256, 4, 2048, 132) == 1
     assert choose(64, 4, 100, 132) == 1
     assert choose(1000, 8, 10**6, 132) == 1
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_the_ptx_that_unpacks_pairs_is_exact(bits: int) -> None:
+    """What the interpreter does not run: every byte through the instructions of _pair_asm, in numpy."""
+    rng = np.random.default_rng(0)
+    raw = np.concatenate([np.arange(256), rng.integers(0, 256, 256)]).astype(np.uint8)
+    for part in range(0, 8 // bits, 2):
+        registers = {"$4": raw.view(np.uint32)}
+        asm = decode_rows._pair_asm.fn(part, bits).strip("{ }")
+        for line in filter(None, (line.strip() for line in asm.split(";"))):
+            name, target, *given = line.replace(",", "").split()
+            if name == ".reg":
+                continue
+            values = [registers[x] if x in registers else np.uint32(int(x, 0)) for x in given]
+            if name == "mov.b32":
+                registers[target] = values[0]
+            elif name == "prmt.b32":
+                both = np.stack(
+                    [values[0] >> np.uint32(8 * i) & 0xFF for i in range(4)] + [np.zeros_like(values[0])] * 4
+                )
+                picks = [int(values[2]) >> 4 * i & 0xF for i in range(4)]
+                registers[target] = sum(both[pick] << np.uint32(8 * i) for i, pick in enumerate(picks)).astype(
+                    np.uint32
+                )
+            elif name == "lop3.b32":
+                assert values[3] == 0xEA  # (a & b) | c
+                registers[target] = values[0] & values[1] | values[2]
+            else:
+                assert name == "add.f16x2"
+                a, b = (np.broadcast_to(x, raw.size // 4).copy().view(np.float16) for x in values)
+                registers[target] = (a + b).view(np.uint32)
+        for byte in range(4):
+            got = registers[f"${byte}"].view(np.float16).reshape(-1, 2)
+            for half in range(2):
+                expected = raw[byte::4] >> bits * (part + half) & (1 << bits) - 1
+                assert np.array_equal(got[:, half], expected.astype(np.float16))
