@@ -47,6 +47,7 @@ from kernel_checks import (
     check_write,
 )
 
+from kvsplice_kernels.launch import Launch
 from vllm_kvsplice import __version__
 
 NUM_HEADS, H, HEAD_DIM = 28, 4, 128
@@ -64,6 +65,12 @@ def all_checks() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"project_query {name}", lambda case=case: check_project_query(case)
     for name, case in (ATTENTION | LARGE).items():
         yield f"attention {name}", lambda case=case: check_attention(case)
+        for rows in (64, 128):
+            launch = Launch(rows // 16, rows=rows)
+            yield (
+                f"attention {name}, {rows} rows",
+                lambda case=case, launch=launch: check_attention(case, launch=launch),
+            )
     for name, args in EXPAND.items():
         yield f"fused_expand {name}", lambda args=args: check_fused_expand(*args)
     for name, args in EXPAND_CACHED.items():

@@ -151,6 +151,24 @@ def test_default_jobs_cover_every_preset_shape_and_peer():
     assert not ours
 
 
+def test_query_lengths_are_decode_steps_of_their_own():
+    request = KernelsRequest(("int8",), shapes=((4, 40),), query_lens=(1, 5), what=("decode",), block_sizes=(16,))
+    jobs = kernels_jobs.list_jobs(request, 132)
+    assert [j.query_len for j in jobs] == [1] * 11 + [5] * 11
+    assert kernels_report.point_title(jobs[0]) == "decode, 4 x 40 tokens, 28/4 heads x 128"
+    assert kernels_report.point_title(jobs[-1]) == "decode, 4 x 40 tokens, the last 5 of each new, 28/4 heads x 128"
+
+
+@pytest.mark.parametrize("rows", [None, 16], ids=["columns", "rows"])
+def test_a_decode_step_of_several_tokens_is_checked(rows):
+    from kvsplice_kernels.launch import Launch
+
+    launch = Launch(4, rows=16) if rows else None
+    outcome = kernels_build.attempt(job(query_len=3, launch=launch), CPU, timed=True)
+    assert outcome.kind == "ok", outcome.text
+    assert [stage.name for stage in outcome.stages] == ["project_query", "decode", "reduce_expand"]
+
+
 def test_a_sweep_goes_around_the_chosen_split_count():
     from kvsplice_kernels.attention import choose_num_splits
 

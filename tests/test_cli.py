@@ -120,7 +120,7 @@ def test_bench_options_become_frozen_requests(monkeypatch, capsys):
     assert call(capsys, "bench", "kernels")[0] == 0 and call(capsys, "bench", "serve", "m")[0] == 1
     assert seen == [kernels.KernelsRequest(), bench_serve.ServeBenchRequest(model="m")]
     for line in (
-        "kernels --layout int8 --layout a.toml --heads 28/4 --heads 64/8 --shape 64x4096 --what decode,write --no-peers",
+        "kernels --layout int8 --layout a.toml --heads 28/4 --heads 64/8 --shape 64x4096 --what decode,write --query-len 1 --query-len 5 --no-peers",
         "kernels --chunk 1x8x0 --write-tokens 1,64 --block-size 16 --splits sweep --head-dim 64 --json f",
         "serve --model-shape s --setting bf16 --setting kvsplice:x --point 1x8,2x16 --point 4x8 --concurrency 1,2 --concurrency fit",
         "serve --from a --from b --plot d --goodput tpot:9 --also latency --no-points --sweep-returning",
@@ -131,6 +131,7 @@ def test_bench_options_become_frozen_requests(monkeypatch, capsys):
             presets=("int8", "a.toml"),
             heads=((28, 4), (64, 8)),
             shapes=((64, 4096),),
+            query_lens=(1, 5),
             what=("decode", "write"),
             peers=False,
         ),

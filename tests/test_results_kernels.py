@@ -193,6 +193,29 @@ def test_the_loop_is_quoted_as_compiled():
     assert quoted in PERFORMANCE
 
 
+def test_queries_as_rows_are_quoted_as_compiled():
+    kernels = RESULTS["decode-loop"]["rows"]["kernels"]
+    total = {}
+    for columns, rows in zip(kernels[::2], kernels[1::2], strict=True):
+        assert (columns["orientation"], columns["tokens"], rows["orientation"], rows["tokens"]) == (
+            "columns",
+            32,
+            "rows",
+            64,
+        )
+        before, now = 2 * columns["warps"] * columns["loop"], rows["warps"] * rows["loop"]
+        name = f"`{rows['layout']}`" + (", head_dim 64" if rows["head_dim"] == 64 else "")
+        cells = f"2 x {columns['warps']} x {columns['loop']} = {before} | {rows['warps']} x {rows['loop']} = {now}"
+        assert f"| {name} | {cells} | {before / now:.1f}x |" in PERFORMANCE
+        total[rows["layout"]] = now, before
+    us = [64 * 4 * 64 * n / (4 * 132 * 1.755e3) for n in total["near_lossless"]]
+    assert f"are {us[0]:.0f} us as rows and {us[1]:.0f} us as columns." in PERFORMANCE
+    launches = [
+        e["launch"] for p in (ROOT / "configs/launch").glob("*.json") for e in json.loads(p.read_text())["entries"]
+    ]
+    assert not any(launch and launch.get("rows") for launch in launches)  # else say in the text what was measured
+
+
 def test_host_time_is_quoted_as_measured():
     runs = RESULTS["host-time-cpu"]["runs"]
     before, now = ([run["us_a_layer"] for run in runs[i::2]] for i in (0, 1))
