@@ -18,21 +18,20 @@ class KernelsRequest:
     Args:
         presets: names or .toml files, as `kvsplice calibrate --preset` takes them, or projector files (.safetensors), of
             which every distinct layout is measured, and their mean over the file's layers; bases are random.
-        heads: (query heads, KV heads). shapes: (requests, tokens of each) of the decode kernel. query_lens: new tokens of each
-            request in a decode step, those that a draft proposed among them.
+        heads: (query heads, KV heads). shapes: (requests, tokens of each) of the decode kernel.
         what: "decode", "write" and "prefill". peers: other kernels beside ours, where they can be imported; peer: those of
             these names alone, for example "flash-attention-3".
         json: file for the result. splits: the count that serving would choose, or a "sweep" around the
             one of the default launch.
         block_sizes: of our decode kernel. write_tokens: tokens of a cache write.
         chunks: (requests, new tokens of each, tokens that each has in the cache before) of a prefill.
+        query_lens: new tokens of each request in a decode step, those that a draft proposed among them.
     """
 
     presets: tuple[str, ...] = ("near_lossless", "int8", "v_only")
     heads: tuple[tuple[int, int], ...] = ((28, 4),)
     head_dim: int = 128
     shapes: tuple[tuple[int, int], ...] = ((64, 4096), (256, 2048), (16, 32768), (8, 8192), (1, 32768))
-    query_lens: tuple[int, ...] = (1,)
     what: tuple[str, ...] = KINDS
     peers: bool = True
     peer: tuple[str, ...] = ()
@@ -41,6 +40,7 @@ class KernelsRequest:
     block_sizes: tuple[int, ...] = (16, 64)
     write_tokens: tuple[int, ...] = (1, 64, 256, 2048, 8192)
     chunks: tuple[tuple[int, int, int], ...] = ((4, 2048, 0), (1, 8192, 0), (1, 8192, 32768), (1, 16, 32768))
+    query_lens: tuple[int, ...] = (1,)
 
     def check(self) -> None:
         """Raise KVSpliceError for what cannot be measured; presets and the file to write are checked where they are read."""
