@@ -85,7 +85,8 @@ class Bound:
             return
         found = dispatch(kernel, grid, *tensors, *numbers, **constants)
         if found is not None:
-            self._kinds, self._run, self._rest = kinds, found.kernel[_three(grid)], (*numbers, *found.constants)
+            self._run, self._rest = found.kernel[_three(grid)], (*numbers, *found.constants)
+            self._kinds = kinds
 
 
 def _three(grid: tuple[int, ...]) -> tuple[int, ...]:

@@ -141,5 +141,17 @@ def test_a_layer_gets_what_it_would_get_alone(name: str, bound: list[str], monke
     assert not torch.equal(answers[0], answers[1]) and torch.equal(answers[1], answers[5])
 
 
+def test_a_layer_that_reads_another_s_cache_shares_nothing_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has neither a write nor fresh keys of its own, in a step in which the others have both."""
+    monkeypatch.setattr(triton_path, "workspace", nan_workspace)
+    batch = cases.make_batch(CASE, filled=False)
+    step, x = requests_of(batch), layer(batch, 1)
+    cache, out = decode(x, batch, step, True)
+    sharing = x._replace(kv_cache=cache)
+    untouched, again = decode(sharing, batch, step, False)
+    assert torch.equal(untouched, cache) and torch.equal(again, out)
+    assert torch.equal(decode(x, batch, step, True)[1], out)
+
+
 def nan_workspace(*shapes: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
     return [torch.full(s, float("nan"), dtype=d, device=cases.DEVICE) for s, d in shapes]

@@ -7,8 +7,8 @@ backend class for the page size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
+from functools import lru_cache
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -48,12 +48,10 @@ class LayerCodec:
     soft_cap: float | None
     draft_slots: int = 0  # query tokens that vLLM adds to each request of a speculative draft: see metadata
 
-    @cached_property
-    def _hash(self) -> int:
-        return hash(tuple(getattr(self, f.name) for f in fields(self)))
-
-    def __hash__(self) -> int:  # what layers share is kept by codec: every launch would count it anew
-        return self._hash
+    def __hash__(
+        self,
+    ) -> int:  # what layers share is kept by codec, and the hash of a layout takes the host microseconds
+        return hash((self.bytes_per_token_head, self.num_heads, self.num_kv_heads, self.scale, self.sliding_window))
 
 
 @lru_cache(maxsize=256)

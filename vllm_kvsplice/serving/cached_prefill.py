@@ -179,10 +179,10 @@ def plan(codec: LayerCodec, requests: Prefills, with_fresh: bool, device: torch.
         return None
     limits = requests.limits or Limits(requests.num_reqs, requests.num_tokens, requests.max_seq_len)
     window, capacity = codec.sliding_window, scratch_tokens(codec, limits)
-    key = (window, capacity, codec.num_heads // codec.num_kv_heads, codec.num_kv_heads, with_fresh, device)
+    splits = num_splits(codec, requests, device)
+    key = (splits, window, capacity, codec.num_heads // codec.num_kv_heads, codec.num_kv_heads, with_fresh, device)
     if key not in requests.shared:
-        splits = num_splits(codec, requests, device)
-        requests.shared[key] = _plan(requests, splits, *key)
+        requests.shared[key] = _plan(requests, *key)
     found: list[Piece] | None = requests.shared[key]
     return found
 

@@ -39,7 +39,10 @@ class Requests:
     seq_lens: Tensor  # [num_reqs] int32, new tokens included; 0 in padding rows
     block_table: Tensor  # [num_reqs, max_blocks] int32
     # What layers of one kind have in common in this step, by keys that say what makes them so; the host's time is dear.
-    shared: dict[Any, Any] = field(default_factory=dict, kw_only=True)
+    # vLLM may give one such object to several passes, with the host numbers unchanged. Views of its workspace live as long:
+    # were it to grow between two layers, which it is reserved not to, the old one would be held until the step ends. One
+    # object is of one micro-batch: the workspace has a buffer for each.
+    shared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 @dataclass
