@@ -6,9 +6,10 @@ warps hold 8 to 16 each, and every warp unpacks all codes anew. Here a program o
 fp16 operands in shared memory, and Hopper's tensor cores take 64 rows at a time (wgmma); other GPUs use mma. Chosen by
 ``Launch.rows``.
 
-An unpacked latent is exact: a code of 8 bits times a scale of 4 has 11, fp16's significand, in units of UNIT, in which the
-greatest scale's products are below 65504 and scales from 2**-15 on meet no subnormal that rounds. Queries are fp16 in units of a power of
-two, p is fp16. The rest follows FlashAttention-2 (Dao 2023, algorithm 1), with the exponent taken in base 2.
+An unpacked latent is exact under scales from 2**-15 on: a code of 8 bits times a scale of 4 has 11, fp16's significand, and in
+units of UNIT the greatest scale's products are below 65504. Smaller scales, of rows whose greatest magnitude is 4e-3 or less (8 bits),
+are rounded to multiples of 2**-19, of which decode knows nothing. Queries are fp16 in units of a power of two, p is
+fp16. The rest follows FlashAttention-2 (Dao 2023, algorithm 1), with the exponent taken in base 2.
 """
 
 import triton

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the decode kernel is launched: warps, pipeline stages, registers, and programs on a multiprocessor.
 
-In: a step's columns and the plan of V. Out: ``Launch``, which changes speed and nothing else. A default for every GPU is
+In: a step's columns and the plan of V. Out: ``Launch``, which changes speed, and with ``rows`` the rounding. A default for every GPU is
 here; what a GPU likes better is measured by `kvsplice bench launch` and handed in by the caller.
 """
 

@@ -154,7 +154,8 @@ def test_default_jobs_cover_every_preset_shape_and_peer():
 def test_query_lengths_are_decode_steps_of_their_own():
     request = KernelsRequest(("int8",), shapes=((4, 40),), query_lens=(1, 5), what=("decode",), block_sizes=(16,))
     jobs = kernels_jobs.list_jobs(request, 132)
-    assert [j.query_len for j in jobs] == [1] * 11 + [5] * 11
+    assert [j.query_len for j in jobs] == [1] * 11 + [5] * 7
+    assert {j.kernel for j in jobs[11:]} == {"kvsplice", "flash-attention-3", "vllm-triton"}  # of several query tokens
     assert kernels_report.point_title(jobs[0]) == "decode, 4 x 40 tokens, 28/4 heads x 128"
     assert kernels_report.point_title(jobs[-1]) == "decode, 4 x 40 tokens, the last 5 of each new, 28/4 heads x 128"
 

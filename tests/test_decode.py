@@ -2,6 +2,7 @@
 """decode and reduce_expand, alone and together, against reference.attend, merge_splits and paged_attention."""
 
 from dataclasses import replace
+from typing import Any
 
 import kernel_cases as cases
 import kernel_checks as checks
@@ -31,30 +32,48 @@ def test_rows_of_a_real_launch(name: str, rows: int) -> None:
     checks.check_attention(cases.ATTENTION[name], launch=Launch(rows // 16, rows=rows))
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
-def test_rows_unpack_the_whole_range_of_scales_exactly(bits: int) -> None:
-    """Requests of one token under scales from 2**-15 to the greatest: the latent is the token's, but for exp2's last bits."""
-    codes = torch.arange(24, 256, 7, device=cases.DEVICE).to(torch.uint8)
-    ones = (1,) * len(codes)
+def one_token_requests(bits: int, scale_bytes: torch.Tensor) -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Requests of one token, one for each scale byte: the workspace that rows leave, and K, V and V's codes [requests, rank]."""
+    ones = (1,) * len(scale_bytes)
     batch = cases.make_batch(
         cases.Case(k=((bits, 64),), v=((bits, 64),), seq_lens=ones, query_lens=ones, splits=1, num_kv_heads=1, group=2)
     )
-    pages = batch.kv_cache[batch.block_table[:, 0].long(), 0].flatten(1)
-    for side in ("k", "v"):
-        pages[:, batch.plan(side)[0][4]] = codes
-    batch.kv_cache[batch.block_table[:, 0].long(), 0] = pages.unflatten(1, batch.kv_cache.shape[2:])
+    blocks = batch.block_table[:, 0].long()
+
+    def read(side: str) -> torch.Tensor:
+        z = reference.read_side(batch.kv_cache, batch.plan(side), blocks, torch.float64, torch.bfloat16)
+        return z.unflatten(1, (len(ones), -1))[0, :, 0]
+
+    def put(scales: torch.Tensor) -> None:
+        pages = batch.kv_cache[blocks, 0].flatten(1)
+        for side in ("k", "v"):
+            pages[:, batch.plan(side)[0][4]] = scales.to(pages)
+        batch.kv_cache[blocks, 0] = pages.unflatten(1, batch.kv_cache.shape[2:])
+
+    put(torch.full((len(ones),), 18 * 8))  # a scale of 1
+    codes = read("v")
+    put(scale_bytes)
     work, out = checks.poisoned_workspace(batch), torch.empty(batch.query.shape, device=cases.DEVICE)
     checks.run_kernels(batch, out, work, Launch(4, rows=16))
-    k, v = (
-        reference.read_side(
-            batch.kv_cache, batch.plan(side), batch.block_table[:, 0].long(), torch.float64, torch.bfloat16
-        ).unflatten(1, (len(codes), -1))[0, :, 0]
-        for side in ("k", "v")
-    )
+    return work, read("k"), read("v"), codes
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_rows_unpack_scales_from_2_to_minus_15_on_exactly(bits: int) -> None:
+    """Each latent is its token's, but for exp2's last bits; each logit is off by no more than the query's fp16."""
+    work, k, v, _ = one_token_requests(bits, torch.arange(24, 256, 7))
     assert ((work.latent[:, :, 0] - v[:, None]).abs() <= 2**-18 * v[:, None].abs()).all()  # rounded to fp16: 2**-12
     terms = work.q_latent.double() * k[:, None] * 0.125
     exact = terms.sum(-1) + work.q_bias * 0.125
     assert ((work.lse[:, :, 0] - exact).abs() <= 2**-11 * terms.abs().sum(-1) + 1e-5).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_rows_round_the_least_scales_to_multiples(bits: int) -> None:
+    """Below 2**-15 a scale is off by half of 2**-19, times the code, whose middle is rounded by itself."""
+    work, _, v, codes = one_token_requests(bits, torch.arange(24))
+    assert ((work.latent[:, :, 0] - v[:, None]).abs() <= 2**-20 * (codes.abs()[:, None] + 2)).all()
+    assert (work.latent[:, :, 0] != v[:, None]).any()
 
 
 def test_stage_1_alone() -> None:

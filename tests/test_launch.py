@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -214,6 +215,29 @@ def test_scratch_is_reserved_for_the_splits_of_every_launch(serving):
     for num_reqs in range(1, 25):
         step(triton_path, num_reqs, 1), step(triton_path, num_reqs, 2)
     assert len(asked) == 48 and max(asked) <= reserved
+
+
+@pytest.mark.parametrize("rows", [None, 64, 128])
+def test_warm_up_meets_every_tile_of_queries(serving, monkeypatch, rows):
+    """For groups that do not fill a tile, and query lengths on both sides of what does."""
+    from kvsplice_kernels.decode import launched_tile, query_tile
+    from kvsplice_kernels.launch import Launch
+    from vllm_kvsplice.serving import warm_up
+    from vllm_kvsplice.serving.attention_layer import LayerCodec, Limits
+
+    def tuned(layout, group, max_query_len, device):
+        return Launch(8, rows=rows) if rows and query_tile(group, max_query_len)[1] >= 32 else None
+
+    def variant(group, query_len):
+        tokens, columns = launched_tile(group, query_len, tuned(None, group, query_len, None))
+        return tokens, columns, query_len <= tokens
+
+    monkeypatch.setattr(serving[0], "tuned", tuned)
+    for group, longest in itertools.product((1, 5, 7, 9, 12, 16, 71), (1, 3, 5, 6, 8, 10, 15)):
+        codec = LayerCodec(LAYOUT, LAYOUT.bytes_per_token_head, torch.bfloat16, group, 1, 0.1, None, None)
+        steps = warm_up.decode_steps(codec, 16, longest, Limits(2, 64, 4096), torch.device("cpu"))
+        met = {variant(group, query_len) for _, query_len in steps}
+        assert met == {variant(group, query_len) for query_len in range(1, longest + 1)}, (group, longest)
 
 
 def test_warm_up_meets_the_splits_of_every_launch(serving):

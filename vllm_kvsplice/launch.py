@@ -2,7 +2,7 @@
 """Launch parameters of the decode kernel that were measured on a GPU: the files of configs/launch/, one for each GPU.
 
 In: a GPU's name, a layout, the columns of decode's dots. Out: the kernels' ``Launch``, or None where nothing faster than
-the default is known. `kvsplice bench launch` writes the files. They change speed, never results.
+the default is known. `kvsplice bench launch` writes the files. They change speed, and with ``rows`` the rounding.
 """
 
 from __future__ import annotations

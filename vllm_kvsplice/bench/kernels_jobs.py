@@ -36,6 +36,7 @@ DECODE_PEERS = {
     ("xformers-splitk", "int4"): (64,),  # its pages are multiples of 64
 }
 WRITE_PEERS = {peer: (VLLM_BLOCK_SIZE,) for peer in DECODE_PEERS if peer[0] != "xformers-splitk"}
+# The others take one query token of each request.
 PREFILL_PEERS = dict.fromkeys(list(DECODE_PEERS)[:4], (VLLM_BLOCK_SIZE,))
 Layouts = Sequence[tuple[str, FileLayout | None]]  # name, layout of a file or None for a preset
 PEER_NAMES = tuple(dict.fromkeys(kernel for kernel, _ in DECODE_PEERS))
@@ -115,7 +116,8 @@ def _chosen(
 
 def _decode_jobs(request: KernelsRequest, ours: Layouts, heads: tuple[int, int], num_sms: int) -> Iterator[Job]:
     for (batch, context), query_len in product(request.shapes, request.query_lens):
-        for (kernel, preset), sizes in _chosen(request, DECODE_PEERS).items():
+        peers = DECODE_PEERS if query_len == 1 else {peer: DECODE_PEERS[peer] for peer in PREFILL_PEERS}
+        for (kernel, preset), sizes in _chosen(request, peers).items():
             for block_size in sizes:
                 yield Job("decode", kernel, preset, heads, request.head_dim, batch, context, query_len, block_size)
         for preset, of_file in ours:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvsplice_kernels.cache_write import write_tiles
 from kvsplice_kernels.checks import next_power_of_2
+from kvsplice_kernels.decode import launched_tile
 from kvsplice_kernels.encode import prepare
 from kvsplice_kernels.project_query import query_tiles
 from kvsplice_kernels.reduce_expand import reduce_tiles
@@ -32,6 +33,7 @@ from vllm_kvsplice.serving.triton_path import (
     attend_codes,
     decode,
     flash_attends,
+    launch_of,
     most_latent_tokens,
     num_splits,
     plans,
@@ -107,10 +109,12 @@ def decode_steps(
     group, layout = codec.num_heads // codec.num_kv_heads, codec.layout
     both = layout.plan("k", block_size), layout.plan("v", block_size)
     rank_pad = max(16, next_power_of_2(layout.rank("v")))
-    query_lens = sorted({min(1 << i, decode_query_len) for i in range(decode_query_len.bit_length() + 1)})
+    query_lens = {min(1 << i, decode_query_len) for i in range(decode_query_len.bit_length() + 1)}
+    tiles = {launched_tile(group, q, launch_of(codec, q, device))[0] for q in query_lens}  # the most tokens of one
+    query_lens |= {tokens for tokens in tiles if tokens < decode_query_len}
     seen: set[object] = set()
     found: list[tuple[int, int]] = []
-    for query_len, num_reqs in product(query_lens, range(1, limits.max_num_seqs + 1)):
+    for query_len, num_reqs in product(sorted(query_lens), range(1, limits.max_num_seqs + 1)):
         tokens = num_reqs * query_len
         if tokens > max(limits.max_num_batched_tokens, query_len):
             continue
