@@ -24,7 +24,7 @@ from kvsplice_kernels.launch import Launch, multiprocessors
 from kvsplice_kernels.query_tiles import num_query_tiles
 from vllm_kvsplice.launch import tuned
 from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits
-from vllm_kvsplice.serving.metadata import Prefills, like
+from vllm_kvsplice.serving.metadata import Prefills, like, once
 from vllm_kvsplice.serving.refusals import FLASH_HEAD_DIM
 from vllm_kvsplice.serving.vllm_compat import merge_attn_states, to_device, workspace
 
@@ -177,27 +177,30 @@ def plan(codec: LayerCodec, requests: Prefills, with_fresh: bool, device: torch.
     """
     if requests.seq_lens_cpu is None or codec.layout.head_dim > FLASH_HEAD_DIM:
         return None
+    kind = "pieces", codec, with_fresh, device
+    return once(requests.shared, kind, lambda: _plan_of(codec, requests, with_fresh, device))
+
+
+def _plan_of(codec: LayerCodec, requests: Prefills, with_fresh: bool, device: torch.device) -> list[Piece] | None:
+    """Codecs that differ in layout alone have the same pieces, and one copy of their numbers."""
     limits = requests.limits or Limits(requests.num_reqs, requests.num_tokens, requests.max_seq_len)
     window, capacity = codec.sliding_window, scratch_tokens(codec, limits)
     splits = num_splits(codec, requests, device)
-    key = (splits, window, capacity, codec.num_heads // codec.num_kv_heads, codec.num_kv_heads, with_fresh, device)
-    if key not in requests.shared:
-        requests.shared[key] = _plan(requests, *key)
-    found: list[Piece] | None = requests.shared[key]
-    return found
+    key = splits, window, capacity, codec.num_heads // codec.num_kv_heads, codec.num_kv_heads, with_fresh, device
+    return once(requests.shared, key, lambda: _plan(requests, *key))
 
 
 def num_splits(codec: LayerCodec, requests: Prefills, device: torch.device) -> int:
     """Splits of the keys where the latent kernel serves a step, the same for all layers of a kind: few query tokens, the end of
     a prompt that is cached, would leave the GPU empty. As many as the programs that lie on a multiprocessor, each with four
     tiles of keys or more, and the scratch of a longer step allow."""
-    key = ("splits", codec, device)
-    if key not in requests.shared:
-        group = codec.num_heads // codec.num_kv_heads
+    group = codec.num_heads // codec.num_kv_heads
+
+    def choose() -> int:
         launch = tuned(codec.layout, group, LONG_STEP, device)
-        requests.shared[key] = _num_splits(group, codec.num_kv_heads, requests, device, launch)
-    found: int = requests.shared[key]
-    return found
+        return _num_splits(group, codec.num_kv_heads, requests, device, launch)
+
+    return once(requests.shared, ("splits", codec, device), choose)
 
 
 def _num_splits(
@@ -283,8 +286,11 @@ def attend(
 
     ``fresh``: key and value [T, H, head_dim] of the step, for first chunks; None: those read their codes as well.
     """
-    keys, part, other_lse = _scratch(codec, requests, pieces, query.dtype)
-    fills = _fills(codec, bases, fresh, kv_cache, requests, pieces, keys, query.dtype)
+    # shared holds the pieces, so that no other list gets their id.
+    kind = "filled", id(pieces), codec, query.dtype, *like(kv_cache, *(fresh or ()))
+    (keys, part, other_lse), fills = once(
+        requests.shared, kind, lambda: _bind_fills(codec, bases, fresh, kv_cache, requests, pieces, query.dtype)
+    )
     lse = spare = other_lse
     for piece, (k, v), fill in zip(pieces, keys, fills, strict=True):
         _fill(bases, fresh, kv_cache, piece, k, v, fill)
@@ -299,35 +305,27 @@ def attend(
         lse, spare = merged, lse
 
 
-def _scratch(codec: LayerCodec, requests: Prefills, pieces: list[Piece], dtype: torch.dtype) -> Scratch:
-    """From the workspace, once in a step for layers of one kind: the host's time is what a short step takes."""
-    # shared holds the pieces, so that no other list gets their id.
-    kind = "scratch", id(pieces), codec.num_heads, codec.layout.head_dim, dtype
-    if kind not in requests.shared:
-        long = max((p.tokens.stop - p.tokens.start for p in pieces if p.merged), default=0)
-        key, value, part, lse = workspace(*_shapes(codec, max(p.num_keys for p in pieces), long, dtype))
-        requests.shared[kind] = Scratch([(key[: p.num_keys], value[: p.num_keys]) for p in pieces], part, lse)
-    found: Scratch = requests.shared[kind]
-    return found
-
-
-def _fills(
+def _bind_fills(
     codec: LayerCodec,
     bases: Bases,
     fresh: tuple[Tensor, Tensor] | None,
     kv_cache: Tensor,
     requests: Prefills,
     pieces: list[Piece],
-    keys: list[tuple[Tensor, Tensor]],
     dtype: torch.dtype,
-) -> list[Fill]:
-    """The launches that fill the scratch of each piece, likewise once in a step for layers of one kind."""
-    kind = "fills", id(pieces), codec, dtype, *like(kv_cache, *(fresh or ()))
-    if kind not in requests.shared:
-        both = zip(pieces, keys, strict=True)
-        requests.shared[kind] = [_bind_fill(codec, bases, fresh, kv_cache, piece, *kv) for piece, kv in both]
-    found: list[Fill] = requests.shared[kind]
-    return found
+) -> tuple[Scratch, list[Fill]]:
+    """Scratch of the pieces and the launches that fill it."""
+    kind = "scratch", id(pieces), codec.num_heads, codec.layout.head_dim, dtype
+    scratch = once(requests.shared, kind, lambda: _scratch(codec, pieces, dtype))
+    both = zip(pieces, scratch.keys, strict=True)
+    return scratch, [_bind_fill(codec, bases, fresh, kv_cache, piece, *kv) for piece, kv in both]
+
+
+def _scratch(codec: LayerCodec, pieces: list[Piece], dtype: torch.dtype) -> Scratch:
+    """From the workspace."""
+    long = max((p.tokens.stop - p.tokens.start for p in pieces if p.merged), default=0)
+    key, value, part, lse = workspace(*_shapes(codec, max(p.num_keys for p in pieces), long, dtype))
+    return Scratch([(key[: p.num_keys], value[: p.num_keys]) for p in pieces], part, lse)
 
 
 def _bind_fill(

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,10 +22,21 @@ from vllm_kvsplice.serving.vllm_compat import (
     split_decodes_and_prefills,
 )
 
+Found = TypeVar("Found")
+
 
 def like(*tensors: Tensor) -> list[Any]:
     """What the launches of other layers' tensors must have in common with these, to be kept in ``Requests.shared``."""
     return [x for tensor in tensors for x in (tensor.shape, tensor.stride())]
+
+
+def once(shared: dict[Any, Any], key: tuple[Any, ...], make: Callable[[], Found]) -> Found:
+    """What ``Requests.shared`` has under a key, made when it is asked for first."""
+    try:
+        found: Found = shared[key]
+    except KeyError:
+        found = shared[key] = make()
+    return found
 
 
 @dataclass

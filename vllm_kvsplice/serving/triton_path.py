@@ -24,7 +24,7 @@ from vllm_kvsplice.launch import tuned
 from vllm_kvsplice.serving import cached_prefill, fallback_attention
 from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits, bases_of, prepared_of
 from vllm_kvsplice.serving.cached_prefill import LONG_STEP
-from vllm_kvsplice.serving.metadata import Prefills, Requests, like
+from vllm_kvsplice.serving.metadata import Prefills, Requests, like, once
 from vllm_kvsplice.serving.refusals import FLASH_HEAD_DIM
 from vllm_kvsplice.serving.vllm_compat import flash_attention, workspace
 
@@ -59,10 +59,14 @@ def write(
     """
     shared = {} if shared is None else shared
     kind = "write", codec, *like(key, value, kv_cache, slot_mapping)
-    if kind not in shared:
-        both = plans(codec, kv_cache)
-        shared[kind] = bind_write(key, value, kv_cache, slot_mapping, tensors.prepared, *both, codec.wide_dtype)
-    shared[kind](key, value, kv_cache, slot_mapping, *tensors.prepared[:4])
+    bound = once(
+        shared,
+        kind,
+        lambda: bind_write(
+            key, value, kv_cache, slot_mapping, tensors.prepared, *plans(codec, kv_cache), codec.wide_dtype
+        ),
+    )
+    bound(key, value, kv_cache, slot_mapping, *tensors.prepared[:4])
 
 
 def decode(
@@ -80,10 +84,10 @@ def decode(
     The split count depends on host numbers that are fixed when a CUDA graph is captured.
     """
     kind = "decode", codec, *like(query, kv_cache, out, *(written or ()))
-    if kind not in requests.shared:
-        requests.shared[kind] = _bind_decode(codec, tensors, query, written, kv_cache, requests, out)
-    write_and_project, attention = requests.shared[kind]
-    if written is not None:
+    write_and_project, attention = once(
+        requests.shared, kind, lambda: _bind_decode(codec, tensors, query, written, kv_cache, requests, out)
+    )
+    if written is not None and write_and_project is not None:
         key, value, slots = written
         write_and_project(query, key, value, kv_cache, slots, *tensors.prepared[:6], *attention.work[:2])
     attention(query, kv_cache, tensors.prepared, requests.block_table, requests.seq_lens, requests.query_start_loc, out)
@@ -239,13 +243,12 @@ def attend_codes(
 ) -> None:
     """The latent kernel over rows of no decode step; ``longest``: upper bound of the requests' query tokens."""
     kind = "codes", codec, splits, skip_first_chunks, *like(query, kv_cache, out)
-    if kind not in requests.shared:
-        requests.shared[kind] = _bind_codes(
-            codec, tensors, query, kv_cache, requests, out, splits, skip_first_chunks, longest, False
-        )
-    requests.shared[kind](
-        query, kv_cache, tensors.prepared, requests.block_table, requests.seq_lens, requests.query_start_loc, out
+    attention = once(
+        requests.shared,
+        kind,
+        lambda: _bind_codes(codec, tensors, query, kv_cache, requests, out, splits, skip_first_chunks, longest, False),
     )
+    attention(query, kv_cache, tensors.prepared, requests.block_table, requests.seq_lens, requests.query_start_loc, out)
 
 
 def _bind_codes(
