@@ -207,6 +207,30 @@ def test_the_whole_command_writes_a_file_that_serving_can_read(tmp_path):
     assert "place: configs/launch/Some_GPU_2_GB.json" in done.stdout and "candidates: 10 timed, 10 wrong" in done.stdout
 
 
+def measured(monkeypatch, columns: int, programs: int) -> None:
+    """run_on with measurements that are given: one entry."""
+    entry = {"head_dim": 32, "columns": columns, "layout": "K 8x32 V 8x32", "measured": {}}
+    entry["launch"] = vars(Launch(1, 3, 200, programs))
+    monkeypatch.setattr(bench_launch, "_groups", lambda request: {(32, columns, ""): []})
+    monkeypatch.setattr(bench_launch, "_entry", lambda *args: entry)
+    monkeypatch.setattr(bench_launch, "_table", lambda entry: "")
+
+
+def test_entries_are_added_to_a_file_or_replaced(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "launch.json"
+    request = LaunchRequest(json=str(out), add=True)
+    for columns, programs in ((8, 6), (64, 2), (8, 10)):
+        measured(monkeypatch, columns, programs)
+        assert bench_launch.run_on(request, Device("cpu"), "Some GPU") == 0
+    found = read(out)
+    assert [(e.columns, e.launch.programs) for e in found.entries] == [(64, 2), (8, 10)]
+    assert found.command.count(";") == 2 and found.settings["earlier"]["earlier_date"]
+    with pytest.raises(KVSpliceError, match="is of Some GPU, expected Other GPU"):
+        bench_launch.run_on(request, Device("cpu"), "Other GPU")
+    assert bench_launch.run_on(LaunchRequest(json=str(out)), Device("cpu"), "Some GPU") == 0
+    assert [e.columns for e in read(out).entries] == [8]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_it_says_so_in_a_sentence(capsys):
     assert cli.main(["bench", "launch", "--preset", "int8", "--head-dim", "64", "--seconds", "9"]) == 2
@@ -214,7 +238,15 @@ def test_without_a_gpu_it_says_so_in_a_sentence(capsys):
 
 
 @pytest.mark.parametrize(
-    "given", [{"heads": ((28, 5),)}, {"shapes": ((0, 10),)}, {"seconds": 0.0}, {"query_lens": (0,)}, {"query_lens": ()}]
+    "given",
+    [
+        {"heads": ((28, 5),)},
+        {"shapes": ((0, 10),)},
+        {"seconds": 0.0},
+        {"query_lens": (0,)},
+        {"query_lens": ()},
+        {"add": True},
+    ],
 )
 def test_a_request_that_is_none_is_refused(given):
     with pytest.raises(KVSpliceError, match="expected"):

@@ -229,6 +229,7 @@ def bench_launch_options(command: argparse.ArgumentParser) -> None:
     text = "after which no further candidate is begun (default: 300)"
     add("--seconds", type=float, metavar="S", help=text)
     add("--json", metavar="OUT", help="write the result, a file for configs/launch/")
+    add("--add", action="store_true", help="to the entries that OUT has; those measured again are replaced")
 
 
 def bench_serve_options(command: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvsplice.errors import KVSpliceError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from vllm_kvsplice.bench.kernels_jobs import Job
     from vllm_kvsplice.bench.kernels_timing import Device
     from vllm_kvsplice.bench.launch_sweep import Sweep
+    from vllm_kvsplice.launch import LaunchFile
 
 METHOD = (
     "Each candidate was checked before it was timed: attention of a decode step (project_query, decode, reduce_expand), cold "
@@ -40,6 +42,7 @@ class LaunchRequest:
             those of equal columns are points of one entry. shapes: (requests, tokens of each). query_lens: new tokens of each
             request, which make the columns too.
         seconds: after which no further candidate is begun; about a third goes to compiling. json: file for the result.
+        add: to the entries that ``json`` has, of which those measured again are replaced.
     """
 
     presets: tuple[str, ...] = ("near_lossless", "balanced", "max", "int8", "v_only")
@@ -49,6 +52,7 @@ class LaunchRequest:
     query_lens: tuple[int, ...] = (1,)
     seconds: float = 300.0
     json: str | None = None
+    add: bool = False
 
     def check(self) -> None:
         """Raise KVSpliceError for what cannot be measured; presets and the file are checked where they are read."""
@@ -64,6 +68,8 @@ class LaunchRequest:
             raise KVSpliceError(
                 f"query lengths {self.query_lens} do not fit: expected 1 to the tokens of a request, for example 5."
             )
+        if self.add and not self.json:
+            raise KVSpliceError("--add was given without a file to add to: expected --json FILE.")
         if not self.seconds > 0:
             raise KVSpliceError(f"--seconds {self.seconds:g} is no time: expected more than 0, for example 300.")
 
@@ -92,6 +98,7 @@ def run_on(request: LaunchRequest, device: Device, gpu: str) -> int:
     from vllm_kvsplice.launch import LaunchFile, file_name
     from vllm_kvsplice.scoring import results
 
+    earlier = _earlier(request, gpu)
     if request.json:
         results.check_writable(request.json)
     began = time.monotonic()
@@ -111,11 +118,37 @@ def run_on(request: LaunchRequest, device: Device, gpu: str) -> int:
         "seconds": time.monotonic() - began,
         "entries": entries,
     }
+    if earlier is not None:
+        result = _added(earlier, result)
     LaunchFile.model_validate_json(results.to_json(result))  # what is written can be read
     print(f"\n{METHOD}\n{len(entries)} entries, {result['seconds']:.0f} s; place: configs/launch/{file_name(gpu)}.json")
     if request.json:
         results.write_json(result, request.json)
     return 0
+
+
+def _earlier(request: LaunchRequest, gpu: str) -> LaunchFile | None:
+    """The file to add to, if there is one."""
+    from vllm_kvsplice.launch import read
+
+    if not (request.add and request.json and Path(request.json).exists()):
+        return None
+    found = read(Path(request.json))
+    if found.gpu != gpu:
+        raise KVSpliceError(f"launch file {request.json} is of {found.gpu}, expected {gpu}: give another --json FILE.")
+    return found
+
+
+def _added(earlier: LaunchFile, result: dict[str, Any]) -> dict[str, Any]:
+    """The entries of both, those that were measured again once; how the earlier ones were made is kept beside."""
+    new = {(entry["head_dim"], entry["columns"], entry["layout"]) for entry in result["entries"]}
+    kept = [entry.model_dump() for entry in earlier.entries if entry.key not in new]
+    return result | {
+        "command": f"{earlier.command}; {result['command']}",
+        "settings": {"earlier": earlier.settings, "earlier_date": earlier.date, **result["settings"]},
+        "seconds": earlier.seconds + result["seconds"],
+        "entries": kept + result["entries"],
+    }
 
 
 def _groups(request: LaunchRequest) -> dict[Key, list[Job]]:
