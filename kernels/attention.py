@@ -5,13 +5,13 @@ In: queries, pages, bases. Out: the attention output. Meaning: reference.paged_a
 nothing is allocated and nothing waits for the GPU, so that a CUDA graph can hold it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvsplice_kernels.decode import TILE, bind_decode
-from kvsplice_kernels.dispatch import Bound
+from kvsplice_kernels.dispatch import Bound, launcher
 from kvsplice_kernels.encode import Prepared
 from kvsplice_kernels.launch import PROGRAMS, Launch
 from kvsplice_kernels.plan import Plan, rank_of
@@ -31,7 +31,7 @@ class Workspace(NamedTuple):
 
 
 class BoundAttention(NamedTuple):
-    """``paged_attention`` of tensors like those that it was bound for, in its workspace."""
+    """Attention of tensors like those that it was bound for, in its workspace."""
 
     project: Bound | None  # None: the workspace holds the queries already
     decode: Bound
@@ -73,7 +73,7 @@ def choose_num_splits(
     return max(1, min(wanted, -(-max_seq_len // (4 * TILE)), MOST_SPLITS))
 
 
-def paged_attention(
+def bind_attention(
     query: Tensor,
     kv_cache: Tensor,
     k_plan: Plan,
@@ -93,7 +93,7 @@ def paged_attention(
     workspace: Workspace | None = None,
     projected: bool = False,
     launch: Launch | None = None,
-) -> None:
+) -> tuple[BoundAttention, tuple[Any, ...]]:
     """Attention over compressed pages that already hold this step's tokens, writing into ``out``.
 
     Args:
@@ -109,52 +109,29 @@ def paged_attention(
         skip_first_chunks: leave requests with seq_len == query_len, which another path serves, untouched in ``out``.
         workspace: scratch; allocated here if None. projected: its q_latent and q_bias hold the queries already, of
             write_and_project. launch: of decode, the one that ``num_splits`` was chosen for; None: its default.
+    Returns:
+        The launches for tensors of these shapes and strides, and these, in the order that they take.
     Raises:
         ValueError: a tensor has the wrong dtype, shape or strides.
     """
-    bound = bind_attention(
-        query, kv_cache, k_plan, v_plan, prepared, block_table, seq_lens, query_start_loc, scale, out, max_query_len,
-        num_splits, sliding_window, soft_cap, wide_dtype, skip_first_chunks, workspace, projected, launch,
-    )  # fmt: skip
-    bound(query, kv_cache, prepared, block_table, seq_lens, query_start_loc, out)
-
-
-def bind_attention(
-    query: Tensor,
-    kv_cache: Tensor,
-    k_plan: Plan,
-    v_plan: Plan,
-    prepared: Prepared,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    scale: float,
-    out: Tensor,
-    max_query_len: int,
-    num_splits: int,
-    sliding_window: int | None,
-    soft_cap: float | None,
-    wide_dtype: torch.dtype,
-    skip_first_chunks: bool,
-    workspace: Workspace | None,
-    projected: bool,
-    launch: Launch | None,
-) -> BoundAttention:
-    """The launches of ``paged_attention`` for tensors like these."""
     num_tokens, num_heads, _ = query.shape
     if workspace is None:
         shapes = workspace_shapes(num_tokens, num_heads, rank_of(k_plan), rank_of(v_plan), num_splits)
         workspace = Workspace(*(torch.empty(s, dtype=torch.float32, device=query.device) for s in shapes))
     q_latent, q_bias, latent, lse = workspace
-    return BoundAttention(
-        None if projected else bind_project(query, prepared.k_decode, prepared.k_mean, q_latent, q_bias),
+    bound = BoundAttention(
+        None if projected else bind_project(query, prepared.k_decode, prepared.k_mean, q_latent, q_bias)[0],
         bind_decode(
             q_latent, q_bias, kv_cache, k_plan, v_plan, block_table, seq_lens, query_start_loc, latent, lse, scale,
             max_query_len, sliding_window, soft_cap, wide_dtype, skip_first_chunks, launch,
-        ),
+        )[0],
         bind_reduce(
             latent, lse, prepared.v_decode, prepared.v_mean, seq_lens, query_start_loc, out, max_query_len,
             skip_first_chunks,
-        ),
+        )[0],
         workspace,
     )  # fmt: skip
+    return bound, (query, kv_cache, prepared, block_table, seq_lens, query_start_loc, out)
+
+
+paged_attention = launcher(bind_attention)

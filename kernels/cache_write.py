@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvsplice_kernels.checks import check_cache, check_dense, check_floats, wide_type
-from kvsplice_kernels.dispatch import Bound
+from kvsplice_kernels.dispatch import Binding, Bound, launcher
 from kvsplice_kernels.encode import Prepared
 from kvsplice_kernels.latents import NUM_WARPS, add_product, load_planes, load_rows, num_steps
 from kvsplice_kernels.pdl import launch_dependents, pdl_options, wait
@@ -191,31 +191,6 @@ def check_write(
     check_dense("v_offset", prepared.v_offset, (H, v_rank))
 
 
-def cache_write(
-    key: Tensor,
-    value: Tensor,
-    kv_cache: Tensor,
-    slot_mapping: Tensor,
-    prepared: Prepared,
-    k_plan: Plan,
-    v_plan: Plan,
-    wide_dtype: torch.dtype = torch.bfloat16,
-) -> None:
-    """Encode, quantise and scatter the step's keys and values into ``kv_cache``, in place.
-
-    Args:
-        key, value: [>= T, H, head_dim], bfloat16, float16 or float32, any strides with a dense last axis.
-        kv_cache: [num_blocks, H, block_size, C] uint8, outer strides free.
-        slot_mapping: [T] int64; slot = block * block_size + offset, a negative one is skipped.
-        prepared: of encode.prepare, for H heads.
-        k_plan, v_plan: LatentLayout.plan("k" | "v", block_size). wide_dtype: of 16-bit tiers.
-    Raises:
-        ValueError: a tensor has the wrong dtype, shape or strides.
-    """
-    bound = bind_write(key, value, kv_cache, slot_mapping, prepared, k_plan, v_plan, wide_dtype)
-    bound(key, value, kv_cache, slot_mapping, *prepared[:4])
-
-
 def bind_write(
     key: Tensor,
     value: Tensor,
@@ -224,16 +199,32 @@ def bind_write(
     prepared: Prepared,
     k_plan: Plan,
     v_plan: Plan,
-    wide_dtype: torch.dtype,
-) -> Bound:
-    """``cache_write`` of tensors like these: takes (key, value, kv_cache, slot_mapping, *prepared[:4])."""
+    wide_dtype: torch.dtype = torch.bfloat16,
+) -> Binding:
+    """Encode, quantise and scatter the step's keys and values into ``kv_cache``, in place.
+
+    Args:
+        key, value: [>= T, H, head_dim], bfloat16, float16 or float32, any strides with a dense last axis.
+        kv_cache: [num_blocks, H, block_size, C] uint8, outer strides free.
+        slot_mapping: [T] int64; slot = block * block_size + offset, a negative one is skipped.
+        prepared: of encode.prepare, for H heads.
+        k_plan, v_plan: LatentLayout.plan("k" | "v", block_size). wide_dtype: of 16-bit tiers.
+    Returns:
+        The launch of tensors of these shapes and strides, and these, in the order that it takes.
+    Raises:
+        ValueError: a tensor has the wrong dtype, shape or strides.
+    """
     check_write(key, value, kv_cache, slot_mapping, prepared, k_plan, v_plan)
     num_tokens, (H, head_dim) = slot_mapping.shape[0], key.shape[1:]
     cut = write_tiles(num_tokens, H, head_dim, (k_plan, v_plan))
-    return Bound(
+    bound = Bound(
         cache_write_kernel, (len(k_plan) + len(v_plan), H, cut.tiles), num_tokens,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), kv_cache.stride(0), kv_cache.stride(1),
         HEAD_DIM=head_dim, BLOCK_SIZE=kv_cache.shape[2], WIDE=wide_type(wide_dtype),
         K_RANK=rank_of(k_plan), K_PLAN=k_plan, V_RANK=rank_of(v_plan), V_PLAN=v_plan,
         BLOCK_T=cut.block_t, BLOCK_D=cut.block_d, num_warps=4 if cut.block_t == 64 and head_dim <= 128 else NUM_WARPS, num_stages=1, **pdl_options(key.device),
     )  # fmt: skip
+    return bound, (key, value, kv_cache, slot_mapping, *prepared[:4])
+
+
+cache_write = launcher(bind_write)

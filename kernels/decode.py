@@ -31,7 +31,7 @@ from kvsplice_kernels.accumulate import (
 )
 from kvsplice_kernels.checks import check_cache, check_dense, next_power_of_2, wide_type
 from kvsplice_kernels.decode_rows import attend_rows
-from kvsplice_kernels.dispatch import Bound
+from kvsplice_kernels.dispatch import Binding, Bound, launcher
 from kvsplice_kernels.launch import Launch, default_launch
 from kvsplice_kernels.logits import Q_STEP, cast_query, load_query, logits
 from kvsplice_kernels.operands import SUB, load_scales, pages_of
@@ -196,7 +196,7 @@ def decode_kernel(
         last_tile = tl.minimum(tile + per_split, tiles_end)
         lse_ptrs = lse_ptr + row * num_splits + split
         if tile < last_tile:
-            if ROWS:
+            if ROWS:  # both calls written out: with these bound to names before, ptxas spills more in the other
                 attend_rows(
                     q_latent_ptr + row * K_RANK, row_ok, q_position,
                     tl.load(q_bias_ptr + row, mask=row_ok, other=0.0),
@@ -235,7 +235,7 @@ def launched_tile(group: int, max_query_len: int, launch: Launch | None) -> tupl
     return tokens, max(launch.rows, next_power_of_2(tokens * group))
 
 
-def decode(
+def bind_decode(
     q_latent: Tensor,
     q_bias: Tensor,
     kv_cache: Tensor,
@@ -253,7 +253,7 @@ def decode(
     wide_dtype: torch.dtype = torch.bfloat16,
     skip_first_chunks: bool = False,
     launch: Launch | None = None,
-) -> None:
+) -> Binding:
     """Causal attention on the codes, split over the keys, writing into ``latent`` and ``lse``.
 
     Splits are contiguous runs of tiles of what a query tile can see. Rows of no request, of a request with seq_len 0
@@ -269,36 +269,11 @@ def decode(
         scale: softmax scale, positive. max_query_len: upper bound of the requests' query tokens.
         sliding_window: a query sees keys at distance < sliding_window. soft_cap: logits become cap * tanh(logit / cap).
         wide_dtype: of 16-bit tiers. launch: None: default_launch.
+    Returns:
+        The launch of tensors of these shapes and strides, and these, in the order that it takes.
     Raises:
         ValueError: a tensor has the wrong dtype, shape or strides.
     """
-    bound = bind_decode(
-        q_latent, q_bias, kv_cache, k_plan, v_plan, block_table, seq_lens, query_start_loc, latent, lse, scale,
-        max_query_len, sliding_window, soft_cap, wide_dtype, skip_first_chunks, launch,
-    )  # fmt: skip
-    bound(q_latent, q_bias, kv_cache, block_table, seq_lens, query_start_loc, latent, lse)
-
-
-def bind_decode(
-    q_latent: Tensor,
-    q_bias: Tensor,
-    kv_cache: Tensor,
-    k_plan: Plan,
-    v_plan: Plan,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    latent: Tensor,
-    lse: Tensor,
-    scale: float,
-    max_query_len: int,
-    sliding_window: int | None,
-    soft_cap: float | None,
-    wide_dtype: torch.dtype,
-    skip_first_chunks: bool,
-    launch: Launch | None,
-) -> Bound:
-    """``decode`` of tensors like these: takes (q_latent, q_bias, kv_cache, block_table, seq_lens, query_start_loc, latent, lse)."""
     T, num_heads, k_rank = q_latent.shape
     H, block_size, num_splits, v_rank = kv_cache.shape[1], kv_cache.shape[2], lse.shape[-1], rank_of(v_plan)
     check_cache(kv_cache, (k_plan, v_plan))
@@ -313,7 +288,7 @@ def bind_decode(
     launch = launch or default_launch(query_tile(group, max_query_len)[1], k_rank + v_rank, v_plan)
     tile_tokens, columns = launched_tile(group, max_query_len, launch)
     tiles = num_query_tiles(T, num_reqs, max_query_len, tile_tokens) if T > 0 and num_reqs > 0 else 0
-    return Bound(
+    bound = Bound(
         decode_kernel, (tiles * num_splits, H),
         num_reqs, num_splits, block_table.stride(0), kv_cache.stride(0), kv_cache.stride(1), scale, soft_cap or 1.0,
         GROUP=group, BLOCK_SIZE=block_size, WINDOW=sliding_window or 0, SOFT_CAP=bool(soft_cap),
@@ -322,3 +297,7 @@ def bind_decode(
         TILE_TOKENS=tile_tokens, N=columns, TILE=ROWS_TILE if launch.rows else TILE, ROWS=launch.rows is not None,
         **launch.options(), **pdl_options(q_latent.device),
     )  # fmt: skip
+    return bound, (q_latent, q_bias, kv_cache, block_table, seq_lens, query_start_loc, latent, lse)
+
+
+decode = launcher(bind_decode)

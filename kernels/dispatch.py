@@ -7,9 +7,13 @@ launch of a kind on, its compiled kernel is called by Triton's own ``compiled[gr
 is compiled are therefore read once.
 
 ``Bound`` is a launch without its tensors: what the layers of a step have in common, checked and looked up once for all of them.
+Kernels have a ``bind_...``, which checks tensors and returns the launch for their like, and them; ``launcher`` makes of it what
+launches at once.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec
 
 from torch import Tensor
 from triton.compiler import CompiledKernel
@@ -38,7 +42,7 @@ def dispatch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -
         return None
     key = (id(kernel), driver.active.get_current_device(), *map(kind, args), *constants.items())
     found = _compiled.get(key)
-    if found is not None and found.function is kernel:
+    if found is not None:
         found.kernel[_three(grid)](*args, *found.constants)
         return found
     compiled = kernel[grid](*args, **constants)
@@ -87,6 +91,21 @@ class Bound:
         if found is not None:
             self._run, self._rest = found.kernel[_three(grid)], (*numbers, *found.constants)
             self._kinds = kinds
+
+
+P = ParamSpec("P")
+Binding = tuple[Bound, tuple[Tensor, ...]]  # a launch, and the tensors that it was bound for in the order that it takes
+
+
+def launcher(bind: Callable[P, tuple[Callable[..., None], tuple[Any, ...]]]) -> Callable[P, None]:
+    """What binds a launch and makes it: the arguments of ``bind``, and what it raises."""
+
+    @wraps(bind)
+    def launch(*args: P.args, **kwargs: P.kwargs) -> None:
+        bound, tensors = bind(*args, **kwargs)
+        bound(*tensors)
+
+    return launch
 
 
 def _three(grid: tuple[int, ...]) -> tuple[int, ...]:

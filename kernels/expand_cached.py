@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvsplice_kernels.checks import check_cache, check_dense, check_floats, check_pair, next_power_of_2, wide_type
-from kvsplice_kernels.dispatch import Bound
+from kvsplice_kernels.dispatch import Binding, Bound, launcher
 from kvsplice_kernels.launch import multiprocessors
 from kvsplice_kernels.packing import (
     dot,
@@ -209,7 +209,7 @@ def expand_tiles(
     return ExpandTiles(-(-num_tiles * 2 * H * d_blocks // (PROGRAMS * num_sms)), block_d, d_blocks, num_stages)
 
 
-def expand_cached(
+def bind_expand(
     kv_cache: Tensor,
     k_plan: Plan,
     v_plan: Plan,
@@ -224,7 +224,7 @@ def expand_cached(
     wide_dtype: torch.dtype = torch.bfloat16,
     starts: Tensor | None = None,
     firsts: Tensor | None = None,
-) -> None:
+) -> Binding:
     """Expand cached tokens of every request to head_dim, one request after another in ``key`` and ``value``.
 
     Args:
@@ -238,35 +238,11 @@ def expand_cached(
         wide_dtype: of 16-bit tiers.
         starts: [B] int32, the first token of each request that has a row, a multiple of START_MULTIPLE; 0 if None.
         firsts: [B] int32 >= starts, the first token that is read; rows below it become the mean. With ``starts`` only.
+    Returns:
+        The launch of tensors of these shapes and strides, and these, in the order that it takes.
     Raises:
         ValueError: a tensor has the wrong dtype, shape or strides.
     """
-    ranges = (seq_lens, seq_lens) if starts is None or firsts is None else (starts, firsts)
-    bound = bind_expand(
-        kv_cache, k_plan, v_plan, block_table, seq_lens, cu_seqlens, k_basis, v_basis, key, value, max_seq_len,
-        wide_dtype, starts, firsts,
-    )  # fmt: skip
-    bound(kv_cache, block_table, *ranges, seq_lens, cu_seqlens, *k_basis, *v_basis, key, value)
-
-
-def bind_expand(
-    kv_cache: Tensor,
-    k_plan: Plan,
-    v_plan: Plan,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    cu_seqlens: Tensor,
-    k_basis: tuple[Tensor, Tensor],
-    v_basis: tuple[Tensor, Tensor],
-    key: Tensor,
-    value: Tensor,
-    max_seq_len: int,
-    wide_dtype: torch.dtype,
-    starts: Tensor | None,
-    firsts: Tensor | None,
-) -> Bound:
-    """``expand_cached`` of tensors like these: takes (kv_cache, block_table, starts, firsts, seq_lens, cu_seqlens, *k_basis,
-    *v_basis, key, value); where there are no ranges, any int32 for starts and firsts."""
     H, block_size = kv_cache.shape[1:3]
     num_rows, head_dim = key.shape[0], k_basis[0].shape[1]
     k_rank, v_rank = rank_of(k_plan), rank_of(v_plan)
@@ -282,13 +258,18 @@ def bind_expand(
     cut = expand_tiles(num_tiles, H, head_dim, k_plan, v_plan, exact, wide_dtype, multiprocessors(key.device))
     wanted = num_reqs > 0 and max_seq_len > 0 and num_rows > 0
     programs = num_query_tiles(num_rows, num_reqs, num_rows, TILE * cut.tiles) if wanted else 0
-    return Bound(
+    ranges = (seq_lens, seq_lens) if starts is None or firsts is None else (starts, firsts)
+    bound = Bound(
         expand_cached_kernel, (programs, H * cut.d_blocks, 2), block_table.stride(0), kv_cache.stride(0), kv_cache.stride(1), key.stride(0),
         key.stride(1), num_reqs, cut.tiles,
         HEAD_DIM=head_dim, K_RANK=k_rank, K_PLAN=k_plan, V_RANK=v_rank, V_PLAN=v_plan, WIDE=wide_type(wide_dtype),
         RANGED=starts is not None, BLOCK_SIZE=block_size, EXACT=exact, TILE=TILE, BLOCK_D=cut.block_d, D_BLOCKS=cut.d_blocks,
         num_warps=4, num_stages=cut.num_stages,
     )  # fmt: skip
+    return bound, (kv_cache, block_table, *ranges, seq_lens, cu_seqlens, *k_basis, *v_basis, key, value)
+
+
+expand_cached = launcher(bind_expand)
 
 
 def _check_ranges(starts: Tensor | None, firsts: Tensor | None, num_reqs: int) -> None:
@@ -330,28 +311,6 @@ def copy_fresh_kernel(
         tl.store(value_out_ptr + target, value, mask=mask)
 
 
-def copy_fresh(
-    key: Tensor,
-    value: Tensor,
-    query_start_loc: Tensor,
-    seq_lens: Tensor,
-    cu_seqlens: Tensor,
-    key_out: Tensor,
-    value_out: Tensor,
-) -> None:
-    """Put the keys and values of requests that expand_cached leaves alone, those with seq_lens 0, into the same rows.
-
-    Args:
-        key, value: [num_tokens, H, head_dim], one request after another as ``query_start_loc`` [B + 1] int32 says.
-        seq_lens: [B] int32. cu_seqlens: [B + 1] int32, where each request starts in the outputs.
-        key_out, value_out: [M, H, head_dim], of the inputs' dtype and with one another's strides.
-    Raises:
-        ValueError: a tensor has the wrong dtype, shape or strides.
-    """
-    bound = bind_copy(key, value, query_start_loc, seq_lens, cu_seqlens, key_out, value_out)
-    bound(key, value, query_start_loc, seq_lens, cu_seqlens, key_out, value_out)
-
-
 def bind_copy(
     key: Tensor,
     value: Tensor,
@@ -360,8 +319,18 @@ def bind_copy(
     cu_seqlens: Tensor,
     key_out: Tensor,
     value_out: Tensor,
-) -> Bound:
-    """``copy_fresh`` of tensors like these, which it takes in this order."""
+) -> Binding:
+    """Put the keys and values of requests that expand_cached leaves alone, those with seq_lens 0, into the same rows.
+
+    Args:
+        key, value: [num_tokens, H, head_dim], one request after another as ``query_start_loc`` [B + 1] int32 says.
+        seq_lens: [B] int32. cu_seqlens: [B + 1] int32, where each request starts in the outputs.
+        key_out, value_out: [M, H, head_dim], of the inputs' dtype and with one another's strides.
+    Returns:
+        The launch of tensors of these shapes and strides, and these, in the order that it takes.
+    Raises:
+        ValueError: a tensor has the wrong dtype, shape or strides.
+    """
     num_tokens, H, head_dim = key.shape
     num_reqs = check_requests(None, seq_lens, query_start_loc)
     check_requests(None, seq_lens, cu_seqlens)
@@ -371,7 +340,11 @@ def bind_copy(
         if tensor.dtype != key.dtype:
             raise ValueError(f"{name}: expected {key.dtype}, got {tensor.dtype}")
     grid = (num_query_tiles(num_tokens, num_reqs, num_tokens, TILE), H)
-    return Bound(
+    bound = Bound(
         copy_fresh_kernel, grid, *key.stride()[:2], *value.stride()[:2], *key_out.stride()[:2], num_reqs, HEAD_DIM=head_dim, TILE=TILE, BLOCK_D=next_power_of_2(head_dim),
         num_warps=4,
     )  # fmt: skip
+    return bound, (key, value, query_start_loc, seq_lens, cu_seqlens, key_out, value_out)
+
+
+copy_fresh = launcher(bind_copy)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvsplice_kernels.checks import check_dense, check_floats, next_power_of_2
-from kvsplice_kernels.dispatch import Bound
+from kvsplice_kernels.dispatch import Binding, Bound, launcher
 from kvsplice_kernels.latents import NUM_WARPS, add_product, load_planes, load_rows, num_steps
 from kvsplice_kernels.pdl import launch_dependents, pdl_options, wait
 
@@ -108,7 +108,7 @@ def check_query(query: Tensor, k_decode: Tensor, k_mean: Tensor, q_latent: Tenso
         raise ValueError(f"query: expected a multiple of {H} heads, got {num_heads}")
 
 
-def project_query(query: Tensor, k_decode: Tensor, k_mean: Tensor, q_latent: Tensor, q_bias: Tensor) -> None:
+def bind_project(query: Tensor, k_decode: Tensor, k_mean: Tensor, q_latent: Tensor, q_bias: Tensor) -> Binding:
     """Rotate queries into the latent space of K, writing into ``q_latent`` and ``q_bias``.
 
     Args:
@@ -116,21 +116,22 @@ def project_query(query: Tensor, k_decode: Tensor, k_mean: Tensor, q_latent: Ten
             reads KV head h // (num_heads // H).
         k_decode: [H, 2, rank, head_dim] bf16, k_mean: [H, head_dim] fp32, of encode.Prepared.
         q_latent: [T, num_heads, rank] fp32; q_bias: [T, num_heads] fp32.
+    Returns:
+        The launch of tensors of these shapes and strides, and these, in the order that it takes.
     Raises:
         ValueError: a tensor has the wrong dtype, shape or strides.
     """
-    bind_project(query, k_decode, k_mean, q_latent, q_bias)(query, k_decode, k_mean, q_latent, q_bias)
-
-
-def bind_project(query: Tensor, k_decode: Tensor, k_mean: Tensor, q_latent: Tensor, q_bias: Tensor) -> Bound:
-    """``project_query`` of tensors like these, which it takes in this order."""
     check_query(query, k_decode, k_mean, q_latent, q_bias)
     T, num_heads, head_dim = query.shape
     H, _, rank, _ = k_decode.shape
     tiles = query_tiles(T, num_heads // H, head_dim, rank)
-    return Bound(
+    bound = Bound(
         project_query_kernel, (tiles.columns, H, tiles.tiles), T, query.stride(0), query.stride(1),
         H=H, GROUP=num_heads // H, HEAD_DIM=head_dim, RANK=rank,
         BLOCK_M=tiles.block_m, BLOCK_R=tiles.block_r, BLOCK_D=tiles.block_d,
         num_warps=NUM_WARPS, num_stages=1, **pdl_options(query.device),
     )  # fmt: skip
+    return bound, (query, k_decode, k_mean, q_latent, q_bias)
+
+
+project_query = launcher(bind_project)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvsplice_kernels.checks import check_dense, check_floats, next_power_of_2
-from kvsplice_kernels.dispatch import Bound
+from kvsplice_kernels.dispatch import Binding, Bound, launcher
 from kvsplice_kernels.latents import add_product
 from kvsplice_kernels.packing import to_float
 from kvsplice_kernels.pdl import pdl_options, wait
@@ -167,33 +167,6 @@ def reduce_expand_kernel(
         tl.store(out_ptrs, to_float(full, out_ptr.dtype.element_ty), mask=row_ok[:, None] & d_ok[None, :])
 
 
-def reduce_expand(
-    latent: Tensor,
-    lse: Tensor,
-    v_decode: Tensor,
-    v_mean: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
-    out: Tensor,
-    max_query_len: int,
-    skip_first_chunks: bool = False,
-) -> None:
-    """Merge splits and expand to head_dim, writing into ``out``; rows that see no key become 0.
-
-    Rows of no request and, with ``skip_first_chunks``, of requests with seq_len == query_len are not written.
-
-    Args:
-        latent: [T, num_heads, num_splits, rank] and lse [T, num_heads, num_splits], fp32, of decode.
-        v_decode: [H, 2, head_dim, rank] bf16, v_mean: [H, head_dim] fp32, of encode.Prepared.
-        seq_lens: [B] int32. query_start_loc: [B + 1] int32. max_query_len: upper bound of the requests' query tokens.
-        out: [>= T, num_heads, head_dim], bfloat16, float16 or float32, any strides with a dense last axis.
-    Raises:
-        ValueError: a tensor has the wrong dtype, shape or strides.
-    """
-    bound = bind_reduce(latent, lse, v_decode, v_mean, seq_lens, query_start_loc, out, max_query_len, skip_first_chunks)
-    bound(latent, lse, v_decode, v_mean, seq_lens, query_start_loc, out)
-
-
 def bind_reduce(
     latent: Tensor,
     lse: Tensor,
@@ -203,9 +176,22 @@ def bind_reduce(
     query_start_loc: Tensor,
     out: Tensor,
     max_query_len: int,
-    skip_first_chunks: bool,
-) -> Bound:
-    """``reduce_expand`` of tensors like these: takes (latent, lse, v_decode, v_mean, seq_lens, query_start_loc, out)."""
+    skip_first_chunks: bool = False,
+) -> Binding:
+    """Merge splits and expand to head_dim, writing into ``out``; rows that see no key become 0.
+
+    Rows of no request and, with ``skip_first_chunks``, of requests with seq_len == query_len are not written.
+
+    Args:
+        latent: [T, num_heads, num_splits, rank] and lse [T, num_heads, num_splits], fp32, of decode.
+        v_decode: [H, 2, head_dim, rank] bf16, v_mean: [H, head_dim] fp32, of encode.Prepared.
+        seq_lens: [B] int32. query_start_loc: [B + 1] int32. max_query_len: upper bound of the requests' query tokens.
+        out: [>= T, num_heads, head_dim], bfloat16, float16 or float32, any strides with a dense last axis.
+    Returns:
+        The launch of tensors of these shapes and strides, and these, in the order that it takes.
+    Raises:
+        ValueError: a tensor has the wrong dtype, shape or strides.
+    """
     T, num_heads, num_splits, rank = latent.shape
     H, _, head_dim, _ = v_decode.shape
     num_reqs = check_requests(None, seq_lens, query_start_loc)
@@ -222,7 +208,7 @@ def bind_reduce(
         tiles = -(-num_reqs // cut.tile_tokens)
     else:
         tiles = num_query_tiles(T, num_reqs, max_query_len, cut.tile_tokens)
-    return Bound(
+    bound = Bound(
         reduce_expand_kernel, (tiles, num_heads // cut.heads, -(-head_dim // cut.block_d)),
         num_reqs, num_splits, out.stride(0), out.stride(1),
         GROUP=group, HEADS=cut.heads, HEAD_DIM=head_dim, RANK=rank, RANK_PAD=rank_pad,
@@ -230,6 +216,10 @@ def bind_reduce(
         ONE_QUERY=max_query_len == 1, TILE_TOKENS=cut.tile_tokens, M=cut.rows, BLOCK_D=cut.block_d, SPLITS_PAD=next_power_of_2(num_splits), AT_ONCE=cut.at_once,
         num_warps=cut.num_warps, num_stages=1, **pdl_options(latent.device),
     )  # fmt: skip
+    return bound, (latent, lse, v_decode, v_mean, seq_lens, query_start_loc, out)
+
+
+reduce_expand = launcher(bind_reduce)
 
 
 class ReduceTiles(NamedTuple):

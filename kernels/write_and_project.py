@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvsplice_kernels.cache_write import check_write, write_job, write_tiles
 from kvsplice_kernels.checks import wide_type
-from kvsplice_kernels.dispatch import Bound
+from kvsplice_kernels.dispatch import Binding, Bound, launcher
 from kvsplice_kernels.encode import Prepared
 from kvsplice_kernels.latents import NUM_WARPS
 from kvsplice_kernels.pdl import pdl_options
@@ -76,38 +76,6 @@ def step_sizes(most: int, num_heads: int, H: int, head_dim: int, k_plan: Plan, v
     return list(first.values())
 
 
-def write_and_project(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kv_cache: Tensor,
-    slot_mapping: Tensor,
-    prepared: Prepared,
-    k_plan: Plan,
-    v_plan: Plan,
-    q_latent: Tensor,
-    q_bias: Tensor,
-    wide_dtype: torch.dtype = torch.bfloat16,
-) -> None:
-    """``cache_write`` and ``project_query`` in one launch.
-
-    Args:
-        query: [T, num_heads, head_dim], bfloat16, float16 or float32, any strides with a dense last axis; query head h
-            reads KV head h // (num_heads // H).
-        key, value: [>= S, H, head_dim], likewise. kv_cache: [num_blocks, H, block_size, C] uint8, outer strides free.
-        slot_mapping: [S] int64; slot = block * block_size + offset, a negative one is skipped. S and T are independent.
-        prepared: of encode.prepare, for H heads.
-        k_plan, v_plan: LatentLayout.plan("k" | "v", block_size). wide_dtype: of 16-bit tiers.
-        q_latent: [T, num_heads, k_rank] fp32; q_bias: [T, num_heads] fp32.
-    Raises:
-        ValueError: a tensor has the wrong dtype, shape or strides.
-    """
-    bound = bind_write_and_project(
-        query, key, value, kv_cache, slot_mapping, prepared, k_plan, v_plan, q_latent, q_bias, wide_dtype
-    )
-    bound(query, key, value, kv_cache, slot_mapping, *prepared[:6], q_latent, q_bias)
-
-
 def bind_write_and_project(
     query: Tensor,
     key: Tensor,
@@ -119,9 +87,23 @@ def bind_write_and_project(
     v_plan: Plan,
     q_latent: Tensor,
     q_bias: Tensor,
-    wide_dtype: torch.dtype,
-) -> Bound:
-    """The same for tensors like these: takes (query, key, value, kv_cache, slot_mapping, *prepared[:6], q_latent, q_bias)."""
+    wide_dtype: torch.dtype = torch.bfloat16,
+) -> Binding:
+    """``cache_write`` and ``project_query`` in one launch.
+
+    Args:
+        query: [T, num_heads, head_dim], bfloat16, float16 or float32, any strides with a dense last axis; query head h
+            reads KV head h // (num_heads // H).
+        key, value: [>= S, H, head_dim], likewise. kv_cache: [num_blocks, H, block_size, C] uint8, outer strides free.
+        slot_mapping: [S] int64; slot = block * block_size + offset, a negative one is skipped. S and T are independent.
+        prepared: of encode.prepare, for H heads.
+        k_plan, v_plan: LatentLayout.plan("k" | "v", block_size). wide_dtype: of 16-bit tiers.
+        q_latent: [T, num_heads, k_rank] fp32; q_bias: [T, num_heads] fp32.
+    Returns:
+        The launch of tensors of these shapes and strides, and these, in the order that it takes.
+    Raises:
+        ValueError: a tensor has the wrong dtype, shape or strides.
+    """
     check_write(key, value, kv_cache, slot_mapping, prepared, k_plan, v_plan)
     check_query(query, prepared.k_decode, prepared.k_mean, q_latent, q_bias)
     num_tokens, (H, head_dim) = slot_mapping.shape[0], key.shape[1:]
@@ -130,7 +112,7 @@ def bind_write_and_project(
     project = query_tiles(num_queries, group, head_dim, k_rank)
     num_writes = (len(k_plan) + len(v_plan)) * H * write.tiles
     programs = num_writes + project.columns * H * project.tiles
-    return Bound(
+    bound = Bound(
         write_and_project_kernel, (programs,), num_tokens, num_queries, num_writes,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         kv_cache.stride(0), kv_cache.stride(1),
@@ -140,3 +122,7 @@ def bind_write_and_project(
         BLOCK_M=project.block_m, BLOCK_R=project.block_r, COLUMNS=project.columns, QUERY_BLOCK_D=project.block_d,
         num_warps=NUM_WARPS, num_stages=1, **pdl_options(key.device),
     )  # fmt: skip
+    return bound, (query, key, value, kv_cache, slot_mapping, *prepared[:6], q_latent, q_bias)
+
+
+write_and_project = launcher(bind_write_and_project)

@@ -231,7 +231,7 @@ def test_the_reservation_covers_every_step(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(triton_path, "workspace", workspace)
     monkeypatch.setattr(triton_path, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(triton_path, "bind_attention", lambda *args: lambda *tensors: None)
+    monkeypatch.setattr(triton_path, "bind_attention", lambda *args: (lambda *tensors: None, ()))
     c, b = codec(), bases()
     triton_path.reserve(c, 40, 3, 64, 100_000, DEVICE)
     reserved, asked[:] = asked[:], []

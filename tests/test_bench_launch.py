@@ -174,14 +174,14 @@ from vllm_kvsplice.bench.kernels_timing import Device
 right = attention.bind_decode
 
 def wrong_at_two_stages(*args):
-    bound = right(*args)
+    bound, tensors = right(*args)
 
     def launch(*tensors):
         bound(*tensors)
         if args[-1].num_stages == 2:
             tensors[6].mul_(1.03)
 
-    return launch
+    return launch, tensors
 
 attention.bind_decode = wrong_at_two_stages
 launch_choice.WARPS, launch_choice.STAGES, launch_choice.REGISTERS = (1,), (3, 2), (200, 168)

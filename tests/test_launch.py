@@ -180,7 +180,9 @@ def serving(monkeypatch):
     monkeypatch.setattr(triton_path, "tuned", tuned)
     monkeypatch.setattr(triton_path, "multiprocessors", lambda _: 132)
     monkeypatch.setattr(triton_path, "workspace", workspace)
-    monkeypatch.setattr(triton_path, "bind_attention", lambda *args: launched.append((args[11], args[-1])) or nothing)
+    monkeypatch.setattr(
+        triton_path, "bind_attention", lambda *args: launched.append((args[11], args[-1])) or (nothing, ())
+    )
     return triton_path, asked, launched
 
 

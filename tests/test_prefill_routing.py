@@ -19,12 +19,14 @@ pytest.importorskip("vllm")
 
 from prefill_cases import attention, codec_of, num_bytes, requests_of
 
+from kvsplice_kernels.expand_cached import START_MULTIPLE
 from kvsplice_kernels.launch import Launch
 from kvsplice_kernels.reduce_expand import reduce_tiles
 from vllm_kvsplice.serving import cached_prefill, fallback_attention, triton_path, warm_up
 from vllm_kvsplice.serving.attention_layer import Limits
-from vllm_kvsplice.serving.cached_prefill import START_MULTIPLE, cut, scratch_shapes, scratch_tokens
+from vllm_kvsplice.serving.cached_prefill import scratch_shapes, scratch_tokens
 from vllm_kvsplice.serving.metadata import Prefills
+from vllm_kvsplice.serving.spans import cut
 
 # ---------------------------------------------------------------- host numbers
 lengths = st.lists(st.tuples(st.integers(0, 90), st.integers(0, 700)), min_size=1, max_size=12)

@@ -208,7 +208,7 @@ def test_queries_as_rows_are_quoted_as_compiled():
         cells = f"2 x {columns['warps']} x {columns['loop']} = {before} | {rows['warps']} x {rows['loop']} = {now}"
         assert f"| {name} | {cells} | {before / now:.1f}x |" in PERFORMANCE
         total[rows["layout"]] = now, before
-    us = [64 * 4 * 64 * n / (4 * 132 * 1.755e3) for n in total["near_lossless"]]
+    us = [64 * 4 * 64 * n / (4 * 132 * 1.935e3) for n in total["near_lossless"]]
     assert f"are {us[0]:.0f} us as rows and {us[1]:.0f} us as columns." in PERFORMANCE
     launches = [
         e["launch"] for p in (ROOT / "configs/launch").glob("*.json") for e in json.loads(p.read_text())["entries"]

@@ -26,6 +26,7 @@ from vllm_kvsplice.launch import tuned
 from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits
 from vllm_kvsplice.serving.metadata import Prefills, like, once
 from vllm_kvsplice.serving.refusals import FLASH_HEAD_DIM
+from vllm_kvsplice.serving.spans import Ints, Span, cut, round_up
 from vllm_kvsplice.serving.vllm_compat import merge_attn_states, to_device, workspace
 
 CONTEXT_TOKENS = 32 * 1024  # of scratch: 64 MiB of K and V at 4 KV heads of 128
@@ -44,24 +45,11 @@ PREFILL_SPLITS = (32, 8)  # of the keys, of few prefill tokens: each is variants
 PREFILL_PROGRAMS = 4  # of the latent kernel on a multiprocessor, where its launch is not one that counts them
 LONG_STEP = 1024  # tokens: past the sizes at which the launchers change their tiles
 
-Ints = NDArray[np.int64]
 Shape = tuple[tuple[int, ...], torch.dtype]
 # Rows (tokens x heads) whose tiles of 128 occupy 0.8 of 132 multiprocessors: from there FlashAttention-3 would not gain by
 # splitting the keys, for which it allocates scratch that vLLM's memory profile has not seen.
 UNSPLIT_ROWS = 128 * 106
 Flash = tuple[Any, int]  # flash_attn_varlen_func and its fa_version
-
-
-class Span(NamedTuple):
-    """A piece as host numbers: requests [first, last) of the step with some keys of each."""
-
-    first: int
-    last: int
-    starts: Ints  # [last - first] first token that gets a row of scratch
-    firsts: Ints  # first token that is read
-    stops: Ints  # one past the last
-    causal: bool  # whether the requests' own tokens are among the keys
-    merged: bool  # whether earlier pieces hold other keys of the same request
 
 
 class OnDevice(NamedTuple):
@@ -110,8 +98,8 @@ def scratch_tokens(codec: LayerCodec, limits: Limits) -> int:
     """Tokens of scratch: CONTEXT_TOKENS, but a step's own tokens and a request's window always fit, and never in vain."""
     own = limits.max_num_batched_tokens + START_MULTIPLE
     most = max(CONTEXT_TOKENS, own + min(codec.sliding_window or 0, limits.max_model_len))
-    ever = limits.max_num_seqs * _round_up(limits.max_model_len)
-    return min(_round_up(most), ever)
+    ever = limits.max_num_seqs * round_up(limits.max_model_len)
+    return min(round_up(most), ever)
 
 
 def scratch_shapes(codec: LayerCodec, limits: Limits, dtype: torch.dtype) -> tuple[Shape, ...]:
@@ -126,47 +114,6 @@ def _shapes(codec: LayerCodec, num_keys: int, num_tokens: int, dtype: torch.dtyp
     kv, heads, head_dim = (num_keys, codec.num_kv_heads, codec.layout.head_dim), codec.num_heads, codec.layout.head_dim
     shapes: tuple[Shape, ...] = ((kv, dtype), (kv, dtype))
     return (*shapes, ((num_tokens, heads, head_dim), dtype), ((heads, num_tokens), torch.float32))
-
-
-def cut(query_lens: Ints, seq_lens: Ints, window: int | None, capacity: int) -> list[Span]:
-    """Cut a step into spans of at most ``capacity`` keys, a multiple of START_MULTIPLE. The loop is over spans.
-
-    Args:
-        query_lens, seq_lens: [B], new tokens and all tokens of each request.
-        window: a query sees keys at distance < window; a request's visible keys must fit then, see scratch_tokens.
-    """
-    firsts = np.maximum(seq_lens - query_lens - window + 1, 0) if window else np.zeros_like(seq_lens)
-    starts = firsts // START_MULTIPLE * START_MULTIPLE
-    total = np.concatenate([[0], np.cumsum(seq_lens - starts)])
-    spans: list[Span] = []
-    first = 0
-    while first < len(seq_lens):
-        last = int(np.searchsorted(total, total[first] + capacity, side="right")) - 1
-        if last > first:
-            part = slice(first, last)
-            spans.append(Span(first, last, starts[part], firsts[part], seq_lens[part], True, False))
-        elif window:
-            raise ValueError(f"capacity: expected room for a window of {window} and the query tokens, got {capacity}")
-        else:
-            last = first + 1
-            spans += _cut_long(first, int(seq_lens[first]), capacity)
-        first = last
-    return spans
-
-
-def _cut_long(request: int, seq_len: int, capacity: int) -> list[Span]:
-    """One request with more keys than fit: the last ones, its own tokens among them, then the context before those."""
-    split = _round_up(seq_len - capacity)
-    bounds = [(split, seq_len), *((a, min(a + capacity, split)) for a in range(0, split, capacity))]
-    spans = []
-    for a, b in bounds:
-        start, stop = np.array([a]), np.array([b])
-        spans.append(Span(request, request + 1, start, start, stop, b == seq_len, b != seq_len))
-    return spans
-
-
-def _round_up(tokens: int) -> int:
-    return -(-tokens // START_MULTIPLE) * START_MULTIPLE
 
 
 # ---------------------------------------------------------------- one step
@@ -338,7 +285,7 @@ def _bind_fill(
     value: Tensor,
 ) -> Fill:
     block_size, on_device = kv_cache.shape[2], piece.on_device
-    expand = bind_expand(
+    expand, _ = bind_expand(
         kv_cache,
         codec.layout.plan("k", block_size),
         codec.layout.plan("v", block_size),
@@ -357,7 +304,8 @@ def _bind_fill(
     if fresh is None or not piece.has_fresh:
         return Fill(expand, None)
     own = (x[piece.tokens] for x in fresh)
-    return Fill(expand, bind_copy(*own, on_device.query_start_loc, on_device.ends, on_device.cu_seqlens, key, value))
+    copy, _ = bind_copy(*own, on_device.query_start_loc, on_device.ends, on_device.cu_seqlens, key, value)
+    return Fill(expand, copy)
 
 
 def _fill(

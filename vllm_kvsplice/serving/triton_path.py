@@ -64,7 +64,7 @@ def write(
         kind,
         lambda: bind_write(
             key, value, kv_cache, slot_mapping, tensors.prepared, *plans(codec, kv_cache), codec.wide_dtype
-        ),
+        )[0],
     )
     bound(key, value, kv_cache, slot_mapping, *tensors.prepared[:4])
 
@@ -103,14 +103,14 @@ def _bind_decode(
     out: Tensor,
 ) -> tuple[Bound | None, BoundAttention]:
     splits = num_splits(codec, requests.num_reqs, requests.max_query_len, requests.max_seq_len, query.device)
-    longest = requests.max_query_len
+    longest, projected = requests.max_query_len, written is not None
+    attention = _bind_codes(codec, tensors, query, kv_cache, requests, out, splits, False, longest, projected)
     if written is None:
-        return None, _bind_codes(codec, tensors, query, kv_cache, requests, out, splits, False, longest, False)
-    attention = _bind_codes(codec, tensors, query, kv_cache, requests, out, splits, False, longest, True)
-    both, latent = plans(codec, kv_cache), attention.work[:2]
-    return bind_write_and_project(
-        query, *written[:2], kv_cache, written[2], tensors.prepared, *both, *latent, codec.wide_dtype
-    ), attention
+        return None, attention
+    key, value, slots = written
+    rest = *plans(codec, kv_cache), *attention.work[:2], codec.wide_dtype
+    bound, _ = bind_write_and_project(query, key, value, kv_cache, slots, tensors.prepared, *rest)
+    return bound, attention
 
 
 def prefill(
@@ -263,7 +263,7 @@ def _bind_codes(
     longest: int,
     projected: bool,
 ) -> BoundAttention:
-    return bind_attention(
+    bound, _ = bind_attention(
         query,
         kv_cache,
         *plans(codec, kv_cache),
@@ -283,6 +283,7 @@ def _bind_codes(
         projected,
         launch_of(codec, longest, query.device),
     )
+    return bound
 
 
 def _shapes(codec: LayerCodec, num_tokens: int, splits: int) -> Shapes:
