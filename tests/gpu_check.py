@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """On a machine with an NVIDIA GPU: every kernel compiled and checked, then timed. Needs torch and triton alone.
 
-``python tests/gpu_check.py [--only checks|times] [--json FILE]`` prints every case and exits with 1 if one failed. Times are medians of
+``python tests/gpu_check.py [--only checks|times] [--match REGEX] [--json FILE]`` prints every case and exits with 1 if one failed. Times are medians of
 CUDA graph replays over more cache than L2 holds; GB are 1e9 bytes of codes and scales, beside those that a copy moves.
 """
 
@@ -12,6 +12,8 @@ import datetime
 import json
 import os
 import platform
+import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -56,6 +58,11 @@ SHAPES = ((64, 4096), (256, 2048), (16, 32768), (8, 8192), (1, 32768), (1, 1024)
 COLD_BYTES = 400e6  # cache that one replay goes through at least, several times the L2 of an H200
 
 
+def checks_of(match: str) -> list[tuple[str, Callable[[], None]]]:
+    """(name, check) of the cases whose name has a match of a regular expression."""
+    return [(name, check) for name, check in all_checks() if re.search(match, name)]
+
+
 def all_checks() -> Iterator[tuple[str, Callable[[], None]]]:
     for name, case in (WRITE | WRITE_LARGE).items():
         yield f"cache_write {name}", lambda case=case: check_write(case)
@@ -77,9 +84,9 @@ def all_checks() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"expand_cached {name}", lambda args=args: check_expand_cached(*args)
 
 
-def run_checks(jobs: int) -> list[str]:
-    """Every check, dealt to processes, since compiling takes most of the time; returns the lines of those that failed."""
-    command = [sys.executable, __file__, "--only", "checks", "--jobs", "1", "--share"]
+def run_checks(jobs: int, match: str) -> list[str]:
+    """Every check that matches, dealt to processes, since compiling takes most of the time; returns the lines of those that failed."""
+    command = [sys.executable, __file__, "--only", "checks", "--jobs", "1", "--match", match, "--share"]
     shares = [subprocess.Popen([*command, f"{i}/{jobs}"], stdout=subprocess.PIPE, text=True) for i in range(jobs)]
     failed = []
     for process in shares:
@@ -91,9 +98,9 @@ def run_checks(jobs: int) -> list[str]:
     return failed
 
 
-def run_share(index: int, of: int) -> int:
+def run_share(index: int, of: int, match: str) -> int:
     failed = 0
-    for name, check in list(all_checks())[index::of]:
+    for name, check in checks_of(match)[index::of]:
         start = time.time()
         try:
             check()
@@ -238,15 +245,17 @@ def run_times() -> tuple[list[dict[str, object]], list[str]]:
     return [{"kernel": "copy", "gb_s": copy}, *rows], failed
 
 
-def write_json(path: str, only: str | None, checks: list[str], times: list[dict[str, object]]) -> None:
+def write_json(path: str, only: str | None, match: str, checks: list[str], times: list[dict[str, object]]) -> None:
     names = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
     result = {
         "what": f"kernels checked against the fp64 reference, then timed: {LAYOUT}, 28/4 heads x 128, bf16, graph replay, medians",
-        "command": "python tests/gpu_check.py" + (f" --only {only}" if only else ""),
+        "command": "python tests/gpu_check.py"
+        + (f" --only {only}" if only else "")
+        + (f" --match {shlex.quote(match)}" if match else ""),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": {"gpus": [torch.cuda.get_device_name()]},
         "versions": {"kvsplice": __version__} | names,
-        "checks": None if only == "times" else {"ok": len(list(all_checks())) - len(checks), "failed": checks},
+        "checks": None if only == "times" else {"ok": len(checks_of(match)) - len(checks), "failed": checks},
         "times": times,
     }
     Path(path).write_text(json.dumps(result, indent=1) + "\n")
@@ -255,6 +264,7 @@ def write_json(path: str, only: str | None, checks: list[str], times: list[dict[
 def main() -> int:
     parser = argparse.ArgumentParser(description="Check and time the kernels on an NVIDIA GPU.")
     parser.add_argument("--only", choices=("checks", "times"))
+    parser.add_argument("--match", default="", metavar="REGEX", help="check cases whose names match alone")
     parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes that check")
     parser.add_argument("--json", metavar="FILE", help="write the result")
     parser.add_argument("--share", default=None, help=argparse.SUPPRESS)
@@ -265,12 +275,12 @@ def main() -> int:
         return 2
     torch.manual_seed(0)
     if args.share:
-        return run_share(*map(int, args.share.split("/")))
+        return run_share(*map(int, args.share.split("/")), args.match)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
-    wrong = [] if only == "times" else run_checks(args.jobs)
+    wrong = [] if only == "times" else run_checks(args.jobs, args.match)
     times, broken = ([], []) if only == "checks" else run_times()
     if args.json:
-        write_json(args.json, only, wrong, times)
+        write_json(args.json, only, args.match, wrong, times)
     failed = len(wrong) + len(broken)
     print(f"{failed} failed" if failed else "all passed")
     return 1 if failed else 0

@@ -177,11 +177,11 @@ def test_a_continued_chunk_allocates_nothing_but_its_lse() -> None:
     try:
         triton_path.reserve(codec, limits.max_num_seqs, 1, limits.max_num_batched_tokens, limits.max_model_len, device)
         workspace.lock_workspace()
-        triton_path.prefill(codec, tensors, batch.query, fresh, batch.kv_cache, steps[0], out)
+        triton_path.prefill(codec, tensors, batch.query, None, fresh, batch.kv_cache, steps[0], out)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        triton_path.prefill(codec, tensors, batch.query, fresh, batch.kv_cache, steps[1], out)
+        triton_path.prefill(codec, tensors, batch.query, None, fresh, batch.kv_cache, steps[1], out)
         torch.cuda.synchronize()
     finally:
         workspace.reset_workspace_manager()

@@ -106,8 +106,8 @@ def test_exact_prefill_differs_from_latent_by_the_codec_only_and_only_in_first_c
         setattr(requests, name, getattr(requests, name).cpu())
     query, fresh = step.query.cpu(), (step.fresh[0].cpu(), step.fresh[1].cpu())
     exact, latent = (torch.full_like(query, float("nan")) for _ in range(2))
-    torch_path.prefill(c, b, query, fresh, step.kv_cache, requests, exact)
-    torch_path.prefill(c, b, query, None, step.kv_cache, requests, latent)
+    torch_path.prefill(c, b, query, None, fresh, step.kv_cache, requests, exact)
+    torch_path.prefill(c, b, query, None, None, step.kv_cache, requests, latent)
     assert torch.equal(exact[17:23], latent[17:23]) and exact.isfinite().all()
     assert (exact[:17] - dense(query[:17], *(x[:17] for x in fresh), c)).abs().max() < 1e-5
     assert (exact[:17] - latent[:17]).abs().max() > 1e-3  # 8 dimensions of V are dropped
@@ -128,7 +128,7 @@ def run(path: Any, c: LayerCodec, b: Bases, step: Step, fresh: bool, device: tor
     path.write(c, tensors, step.key.to(device), step.value.to(device), cache, step.slots.to(device))
     out = torch.full_like(step.query, float("nan"), device=device)
     own = tuple(x.to(device) for x in step.fresh) if fresh else None
-    path.prefill(c, tensors, step.query.to(device), own, cache, requests, out)
+    path.prefill(c, tensors, step.query.to(device), None, own, cache, requests, out)
     return cache.cpu(), out.cpu()
 
 
@@ -247,11 +247,20 @@ def test_the_reservation_covers_every_step(monkeypatch: pytest.MonkeyPatch) -> N
     for splits in PREFILL_SPLITS:
         tokens = min(64, LATENT_TOKENS // splits)
         triton_path.attend_codes(
-            c, triton(b), torch.empty(tokens, HEADS, DIM), cache, Requests(1, tokens, 64, 9, none, none, none), out,
+            c, triton(b), torch.empty(tokens, HEADS, DIM), None, cache, Requests(1, tokens, 64, 9, none, none, none), out,
             splits, False, 64,
         )  # fmt: skip
     triton_path.attend_codes(
-        c, triton(b), torch.empty(64, HEADS, DIM), cache, Requests(1, 64, 64, 9, none, none, none), out, 1, False, 64
+        c,
+        triton(b),
+        torch.empty(64, HEADS, DIM),
+        None,
+        cache,
+        Requests(1, 64, 64, 9, none, none, none),
+        out,
+        1,
+        False,
+        64,
     )
     assert len(reserved) == 1 and max(asked) <= reserved[0]
     assert reserved[0] < 4 << 20  # bounded by the batch, not by the context

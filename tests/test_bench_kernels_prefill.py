@@ -36,7 +36,9 @@ def reference_serve(scale):
 
         slots = kernels_prefill._new_slots(batch, shape)
         writes = [lambda s=s: reference_write(codec, cache, *fresh, s) for s in slots]
-        return writes, [lambda table=table: call(table) for table in batch.tables]
+        attends = [lambda table=table: call(table) for table in batch.tables]
+        both = [lambda w=w, a=a: (w(), a()) for w, a in zip(writes, attends, strict=True)]
+        return kernels_prefill.Served(both, writes, attends)
 
     return serve
 
@@ -62,14 +64,16 @@ def test_prefill_gives_the_serving_path_what_the_backend_gives_it(monkeypatch):
     codec = kernels_prefill.make_codec(at.layout, 2, "cpu")
     batch = kernels_data.make_batch(at.shape, 2, "cpu")
     cache = torch.zeros(0)
-    for calls in kernels_prefill.serve(codec, at.shape, batch, cache, (batch.query, batch.query)):
-        for call in calls:
-            call()
-    (layer, (bases, prepared), _, _, _, step, out), other = seen
+    served = kernels_prefill.serve(codec, at.shape, batch, cache, (batch.query, batch.query))
+    for call in (*served.both, *served.writes, *served.attends):
+        call()
+    (layer, (bases, prepared), _, own, _, _, step, out), other, *alone = seen
+    assert own[0] is batch.query and own[2].shape == (20,) and [args[3] for args in alone] == [None, None]
+    assert [args[6] for args in alone] == [step, other[6]]
     assert (layer.num_heads, layer.num_kv_heads, layer.layout) == (4, 2, codec.layout) and out is batch.out
     assert bases.k_decode is codec.k_decode and bases.v_mean is codec.v_mean and prepared is codec.prepared
     assert (step.num_reqs, step.num_tokens, step.max_query_len, step.max_seq_len) == (2, 20, 10, 33)
     assert step.first_chunk == [False, False] and step.query_start_loc_cpu.tolist() == [0, 10, 20]
-    assert step.block_table is batch.tables[0] and other[5].block_table is batch.tables[1]
-    assert [args[-1] for args in written] == [step.shared, other[5].shared] and written[0][-1] is step.shared
+    assert step.block_table is batch.tables[0] and other[6].block_table is batch.tables[1]
+    assert [args[-1] for args in written] == [step.shared, other[6].shared] and written[0][-1] is step.shared
     assert written[0][0] is layer and written[0][4] is cache and written[0][5].shape == (20,)

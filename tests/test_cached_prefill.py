@@ -177,5 +177,5 @@ def test_reference_is_what_the_cpu_serves() -> None:
     batch = cases.make_batch(cases.Case(seq_lens=(40, 9), query_lens=(7, 9), dtype=torch.float32), "cpu")
     out = torch.empty_like(batch.query)
     bases = Bases(*batch.bases["k"], *batch.bases["v"])
-    torch_path.prefill(codec_of(batch.case), bases, batch.query, None, batch.kv_cache, requests_of(batch), out)
+    torch_path.prefill(codec_of(batch.case), bases, batch.query, None, None, batch.kv_cache, requests_of(batch), out)
     assert (out - checks.run_reference(batch, torch.float64)).abs().max() < 1e-5

@@ -158,11 +158,15 @@ class TestRouting:
     def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen: list[Any] = []
         monkeypatch.setattr(triton_path, "flash_attends", lambda *args: ("flash", 3))
+        monkeypatch.setattr(triton_path, "write", lambda *args: seen.append("write"))
         monkeypatch.setattr(triton_path, "fresh_attention", lambda *args: seen.append("fresh"))
         monkeypatch.setattr(cached_prefill, "attend", lambda *args: seen.append(("expanded", args[3] is not None)))
-        monkeypatch.setattr(
-            triton_path, "attend_codes", lambda *args, **kw: seen.append(("latent", kw["skip_first_chunks"]))
-        )
+
+        def attend_codes(*args: Any, **kw: Any) -> None:
+            assert args[3] is not None  # it stores the step's keys and values itself
+            seen.append(("latent", kw["skip_first_chunks"]))
+
+        monkeypatch.setattr(triton_path, "attend_codes", attend_codes)
         return seen
 
     def prefill(self, fresh: bool, seq_lens: tuple[int, ...], query_lens: tuple[int, ...], **changes: Any) -> None:
@@ -175,6 +179,7 @@ class TestRouting:
             codec_of(batch.case),
             triton_path.Tensors(None, None),
             batch.query,
+            (batch.key, batch.value, batch.slot_mapping),
             own,
             batch.kv_cache,
             requests,
@@ -183,15 +188,15 @@ class TestRouting:
 
     def test_first_chunks_alone_are_flash_attention(self, calls: list[Any]) -> None:
         self.prefill(True, (200, 30), (200, 30))
-        assert calls == ["fresh"]
+        assert calls == ["write", "fresh"]
 
     def test_latent_prefill_expands_first_chunks_too(self, calls: list[Any]) -> None:
         self.prefill(False, (200, 30), (200, 30))
-        assert calls == [("expanded", False)]
+        assert calls == ["write", ("expanded", False)]
 
     def test_mixed_steps_take_one_way(self, calls: list[Any]) -> None:
         self.prefill(True, (400, 30), (200, 30))
-        assert calls == [("expanded", True)]
+        assert calls == ["write", ("expanded", True)]
 
     def test_a_few_rows_beside_first_chunks_are_written_over_them(self, calls: list[Any]) -> None:
         self.prefill(True, (400, 30), (2, 30))

@@ -87,11 +87,15 @@ def decode(x: Layer, batch: cases.Batch, requests: Requests, written: bool) -> t
     return cache, out
 
 
-def prefill(x: Layer, batch: cases.Batch, requests: Prefills) -> tuple[Tensor, Tensor]:
-    """Write, then the latent kernel."""
+def prefill(x: Layer, batch: cases.Batch, requests: Prefills, written: bool) -> tuple[Tensor, Tensor]:
+    """The latent kernel, which writes as well, or a write before it."""
     cache, out = x.kv_cache.clone(), torch.full_like(x.query, float("nan"))
-    triton_path.write(x.codec, x.tensors, *x.fresh, cache, new_slots(batch), requests.shared)
-    triton_path.attend_codes(x.codec, x.tensors, x.query, cache, requests, out, 2, False, max(CASE.query_lens))
+    own = (*x.fresh, new_slots(batch))
+    if not written:
+        triton_path.write(x.codec, x.tensors, *own[:2], cache, own[2], requests.shared)
+    longest = max(CASE.query_lens)
+    given = own if written else None
+    triton_path.attend_codes(x.codec, x.tensors, x.query, given, cache, requests, out, 2, False, longest)
     return cache, out
 
 
@@ -108,7 +112,8 @@ def expand(x: Layer, batch: cases.Batch, requests: Prefills) -> tuple[Tensor, Te
 SERVES: dict[str, Any] = {
     "decode": (lambda x, batch, requests: decode(x, batch, requests, False), 3),
     "write-and-decode": (lambda x, batch, requests: decode(x, batch, requests, True), 3),
-    "write-and-latent": (prefill, 4),
+    "latent-after-write": (lambda x, batch, requests: prefill(x, batch, requests, False), 4),
+    "write-and-latent": (lambda x, batch, requests: prefill(x, batch, requests, True), 3),
     "expanded": (expand, 2),
 }
 

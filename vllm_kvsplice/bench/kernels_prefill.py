@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,11 +44,16 @@ def prefill(job: Job, device: Device, copies: int | None) -> Prepared:
     return _ours(job, device, copies) if job.kernel == OURS else _peer(job, device, copies)
 
 
-def serve(
-    codec: Codec, shape: Shape, batch: Batch, cache: Tensor, fresh: tuple[Tensor, Tensor]
-) -> tuple[list[Call], list[Call]]:
-    """For each block table: the chunk's cache write, and its attention into batch.out, as the backend serves them in a layer that
-    is not the first of its step."""
+class Served(NamedTuple):
+    """A chunk's calls, one for each block table; attention goes into batch.out."""
+
+    both: list[Call]
+    writes: list[Call]
+    attends: list[Call]
+
+
+def serve(codec: Codec, shape: Shape, batch: Batch, cache: Tensor, fresh: tuple[Tensor, Tensor]) -> Served:
+    """A chunk's cache write and attention, as the backend serves them in a layer that is not the first of its step."""
     from vllm_kvsplice.serving import triton_path
     from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits
     from vllm_kvsplice.serving.metadata import Prefills
@@ -67,7 +73,7 @@ def serve(
 
     tensors = triton_path.Tensors(bases, codec.prepared)
 
-    def calls(table: Tensor, slots: Tensor) -> tuple[Call, Call]:
+    def calls(table: Tensor, slots: Tensor) -> tuple[Call, Call, Call]:
         step = Prefills(
             shape.batch,
             shape.num_queries,
@@ -81,13 +87,13 @@ def serve(
             seq_lens_cpu=batch.seq_lens.cpu(),
             limits=limits,
         )
-        return (
-            partial(triton_path.write, layer, tensors, *fresh, cache, slots, step.shared),
-            partial(triton_path.prefill, layer, tensors, batch.query, fresh, cache, step, batch.out),
-        )
+        attend = partial(triton_path.prefill, layer, tensors, batch.query)
+        rest = fresh, cache, step, batch.out
+        write = partial(triton_path.write, layer, tensors, *fresh, cache, slots, step.shared)
+        return partial(attend, (*fresh, slots), *rest), write, partial(attend, None, *rest)
 
-    pairs = [calls(table, slots) for table, slots in zip(batch.tables, _new_slots(batch, shape), strict=True)]
-    return [write for write, _ in pairs], [attend for _, attend in pairs]
+    found = [calls(table, slots) for table, slots in zip(batch.tables, _new_slots(batch, shape), strict=True)]
+    return Served(*map(list, zip(*found, strict=True)))
 
 
 def _ours(job: Job, device: Device, copies: int | None) -> Prepared:
@@ -97,12 +103,11 @@ def _ours(job: Job, device: Device, copies: int | None) -> Prepared:
     cache = codec.make_cache(batch.num_blocks, shape.num_kv_heads, shape.block_size, device.name)
     fill_pages((cache,), shape.block_size, lambda slots: kernels_ours.write_random_latents(codec, cache, slots))
     key, value = _fresh(shape, device)
-    writes, attends = serve(codec, shape, batch, cache, (key, value))
+    served = serve(codec, shape, batch, cache, (key, value))
 
     def check() -> float:
         batch.out.fill_(float("nan"))
-        writes[0]()
-        attends[0]()
+        served.both[0]()
         rows = min(CHECKED_ROWS, shape.query_len)
         exact = (
             []
@@ -113,7 +118,7 @@ def _ours(job: Job, device: Device, copies: int | None) -> Prepared:
         # A continued chunk may attend to its own tokens as codes or as they are: either is right.
         return min(relative_error(batch.out[-rows:], e) for e in exact)
 
-    return _prepared(shape, cell, writes, attends, check, kernels_ours.ATTENTION_TOLERANCE)
+    return _prepared(shape, cell, served, check, kernels_ours.ATTENTION_TOLERANCE)
 
 
 def _exact_on_fresh(
@@ -150,19 +155,20 @@ def _peer(job: Job, device: Device, copies: int | None) -> Prepared:
         writes[0]()
         return kernels_peers.check_last(batch, shape, key, value, attends[0], CHECKED_ROWS)
 
-    return _prepared(shape, cell, writes, attends, check, cache.tolerance)
-
-
-def _prepared(
-    shape: Shape, cell: int, writes: list[Call], attends: list[Call], check: Callable[[], float], tolerance: float
-) -> Prepared:
     def both(write: Call, attend: Call) -> None:
         write()
         attend()
 
     calls: list[Call] = [partial(both, w, a) for w, a in zip(writes, attends, strict=True)]
-    stages: dict[str, tuple[list[Call], int | None]] = {"cache_write": (writes, None), "attention": (attends, None)}
-    return Prepared(calls, check, tolerance, _bytes(shape, cell), graph=False, stages=stages)
+    return _prepared(shape, cell, Served(calls, writes, attends), check, cache.tolerance)
+
+
+def _prepared(shape: Shape, cell: int, served: Served, check: Callable[[], float], tolerance: float) -> Prepared:
+    stages: dict[str, tuple[list[Call], int | None]] = {
+        "cache_write": (served.writes, None),
+        "attention": (served.attends, None),
+    }
+    return Prepared(served.both, check, tolerance, _bytes(shape, cell), graph=False, stages=stages)
 
 
 def _batch(shape: Shape, cell: int, device: Device, copies: int | None) -> Batch:

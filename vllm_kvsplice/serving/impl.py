@@ -139,17 +139,20 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         codec, tensors = self._codec(), self.path.tensors_of(layer)
         decodes, prefills, slots = attn_metadata.decodes, attn_metadata.prefills, attn_metadata.slot_mapping
         start, written = decodes.num_tokens, None
+        tokens = start + (prefills.num_tokens if prefills is not None else 0)  # rows past them are padding
         if not self.kv_sharing_target_layer_name:
-            if prefills is None:  # rows past the decodes are padding
-                written = (key, value, slots[:start])
-            else:
-                self.path.write(codec, tensors, key, value, kv_cache, slots[: key.shape[0]], decodes.shared)
+            written = (key, value, slots[:tokens])
+            if (
+                start and prefills is not None
+            ):  # else whoever attends stores them, where it can in a launch that it has anyway
+                self.path.write(codec, tensors, *written[:2], kv_cache, slots[:tokens], decodes.shared)
+                written = None
         if start:
             self.path.decode(codec, tensors, query[:start], written, kv_cache, decodes, output[:start])
         if prefills is not None:
-            rows = slice(start, start + prefills.num_tokens)
+            rows = slice(start, tokens)
             fresh = (key[rows], value[rows]) if self.exact_prefill else None
-            self.path.prefill(codec, tensors, query[rows], fresh, kv_cache, prefills, output[rows])
+            self.path.prefill(codec, tensors, query[rows], written, fresh, kv_cache, prefills, output[rows])
         return output
 
     def do_kv_cache_update(

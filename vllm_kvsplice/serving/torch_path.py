@@ -79,12 +79,16 @@ def prefill(
     codec: LayerCodec,
     bases: Bases,
     query: Tensor,
+    written: Written | None,
     fresh: tuple[Tensor, Tensor] | None,
     kv_cache: Tensor,
     requests: Prefills,
     out: Tensor,
 ) -> None:
     """Like ``decode``, but first chunks attend to ``fresh``, their own key and value [T, H, head_dim], where given."""
+    if written is not None:
+        key, value, slots = written
+        write(codec, bases, key, value, kv_cache, slots)
     starts = requests.query_start_loc_cpu.tolist()
     for b, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
         rows = slice(start, end)

@@ -39,6 +39,13 @@ class Tensors(NamedTuple):
     prepared: Prepared
 
 
+class BoundCodes(NamedTuple):
+    """Launches of the latent kernel."""
+
+    write_and_project: Bound | None  # None: keys and values are stored, and attention projects the queries
+    attention: BoundAttention
+
+
 def tensors_of(layer: Any) -> Tensors:
     """What the functions below need of a layer's projector, read from it each time."""
     return Tensors(bases_of(layer), prepared_of(layer))
@@ -84,39 +91,20 @@ def decode(
     The split count depends on host numbers that are fixed when a CUDA graph is captured.
     """
     kind = "decode", codec, *like(query, kv_cache, out, *(written or ()))
-    write_and_project, attention = once(
-        requests.shared, kind, lambda: _bind_decode(codec, tensors, query, written, kv_cache, requests, out)
-    )
-    if written is not None and write_and_project is not None:
-        key, value, slots = written
-        write_and_project(query, key, value, kv_cache, slots, *tensors.prepared[:6], *attention.work[:2])
-    attention(query, kv_cache, tensors.prepared, requests.block_table, requests.seq_lens, requests.query_start_loc, out)
 
+    def bind() -> BoundCodes:
+        splits = num_splits(codec, requests.num_reqs, requests.max_query_len, requests.max_seq_len, query.device)
+        longest = requests.max_query_len
+        return _bind_codes(codec, tensors, query, written, kv_cache, requests, out, splits, False, longest)
 
-def _bind_decode(
-    codec: LayerCodec,
-    tensors: Tensors,
-    query: Tensor,
-    written: Written | None,
-    kv_cache: Tensor,
-    requests: Requests,
-    out: Tensor,
-) -> tuple[Bound | None, BoundAttention]:
-    splits = num_splits(codec, requests.num_reqs, requests.max_query_len, requests.max_seq_len, query.device)
-    longest, projected = requests.max_query_len, written is not None
-    attention = _bind_codes(codec, tensors, query, kv_cache, requests, out, splits, False, longest, projected)
-    if written is None:
-        return None, attention
-    key, value, slots = written
-    rest = *plans(codec, kv_cache), *attention.work[:2], codec.wide_dtype
-    bound, _ = bind_write_and_project(query, key, value, kv_cache, slots, tensors.prepared, *rest)
-    return bound, attention
+    _attend_codes(once(requests.shared, kind, bind), tensors, query, written, kv_cache, requests, out)
 
 
 def prefill(
     codec: LayerCodec,
     tensors: Tensors,
     query: Tensor,
+    written: Written | None,
     fresh: tuple[Tensor, Tensor] | None,
     kv_cache: Tensor,
     requests: Prefills,
@@ -128,20 +116,25 @@ def prefill(
     kernel where that is cheaper or FlashAttention is missing: see cached_prefill.
     """
     first = fresh is not None and any(requests.first_chunk)
-    if fresh is not None and all(requests.first_chunk):
-        fresh_attention(codec, query, *fresh, requests, out)
-        return
+    alone = fresh is not None and all(requests.first_chunk)
     flash = flash_attends(codec.layout.head_dim, codec.soft_cap)
-    pieces = cached_prefill.plan(codec, requests, fresh is not None, query.device) if flash else None
+    pieces = cached_prefill.plan(codec, requests, fresh is not None, query.device) if flash and not alone else None
+    if written is not None and (alone or pieces is not None):
+        key, value, slots = written
+        write(codec, tensors, key, value, kv_cache, slots, requests.shared)
     if flash and pieces is not None:
         cached_prefill.attend(codec, tensors.bases, query, fresh, kv_cache, requests, out, pieces, flash)
         return
     if fresh is not None and first:  # over all rows; those of continued requests are written over
         fresh_attention(codec, query, *fresh, requests, out)
+    if alone:
+        return
     # As an upper bound: with the true one every short tail of a prompt would be a kernel variant of its own.
     longest = max(requests.max_query_len, LONG_STEP)
     splits = cached_prefill.num_splits(codec, requests, query.device)
-    attend_codes(codec, tensors, query, kv_cache, requests, out, splits, skip_first_chunks=first, longest=longest)
+    attend_codes(
+        codec, tensors, query, written, kv_cache, requests, out, splits, skip_first_chunks=first, longest=longest
+    )
 
 
 def fresh_attention(
@@ -234,6 +227,7 @@ def attend_codes(
     codec: LayerCodec,
     tensors: Tensors,
     query: Tensor,
+    written: Written | None,
     kv_cache: Tensor,
     requests: Requests,
     out: Tensor,
@@ -242,12 +236,27 @@ def attend_codes(
     longest: int,
 ) -> None:
     """The latent kernel over rows of no decode step; ``longest``: upper bound of the requests' query tokens."""
-    kind = "codes", codec, splits, skip_first_chunks, *like(query, kv_cache, out)
-    attention = once(
-        requests.shared,
-        kind,
-        lambda: _bind_codes(codec, tensors, query, kv_cache, requests, out, splits, skip_first_chunks, longest, False),
-    )
+    kind = "codes", codec, splits, skip_first_chunks, *like(query, kv_cache, out, *(written or ()))
+
+    def bind() -> BoundCodes:
+        return _bind_codes(codec, tensors, query, written, kv_cache, requests, out, splits, skip_first_chunks, longest)
+
+    _attend_codes(once(requests.shared, kind, bind), tensors, query, written, kv_cache, requests, out)
+
+
+def _attend_codes(
+    bound: BoundCodes,
+    tensors: Tensors,
+    query: Tensor,
+    written: Written | None,
+    kv_cache: Tensor,
+    requests: Requests,
+    out: Tensor,
+) -> None:
+    write_and_project, attention = bound
+    if written is not None and write_and_project is not None:
+        key, value, slots = written
+        write_and_project(query, key, value, kv_cache, slots, *tensors.prepared[:6], *attention.work[:2])
     attention(query, kv_cache, tensors.prepared, requests.block_table, requests.seq_lens, requests.query_start_loc, out)
 
 
@@ -255,15 +264,15 @@ def _bind_codes(
     codec: LayerCodec,
     tensors: Tensors,
     query: Tensor,
+    written: Written | None,
     kv_cache: Tensor,
     requests: Requests,
     out: Tensor,
     splits: int,
     skip_first_chunks: bool,
     longest: int,
-    projected: bool,
-) -> BoundAttention:
-    bound, _ = bind_attention(
+) -> BoundCodes:
+    attention, _ = bind_attention(
         query,
         kv_cache,
         *plans(codec, kv_cache),
@@ -280,10 +289,15 @@ def _bind_codes(
         codec.wide_dtype,
         skip_first_chunks,
         Workspace(*workspace(*_shapes(codec, query.shape[0], splits))),
-        projected,
+        written is not None,
         launch_of(codec, longest, query.device),
     )
-    return bound
+    if written is None:
+        return BoundCodes(None, attention)
+    key, value, slots = written
+    rest = *plans(codec, kv_cache), *attention.work[:2], codec.wide_dtype
+    bound, _ = bind_write_and_project(query, key, value, kv_cache, slots, tensors.prepared, *rest)
+    return BoundCodes(bound, attention)
 
 
 def _shapes(codec: LayerCodec, num_tokens: int, splits: int) -> Shapes:

@@ -63,16 +63,19 @@ def warm_up(
         return query, (key, key, torch.full((tokens,), -1, dtype=torch.int64, device=device))
 
     def long_step(tokens: int) -> None:
-        query, (key, value, slots) = rows(tokens)
+        query, written = rows(tokens)
+        key, value, slots = written
         write(codec, tensors, key, value, cache, slots)
         if tokens <= most_latent_tokens(codec, most):
+            latent_step(tokens, 1, written)
             latent_step(tokens, 1)
 
-    def latent_step(tokens: int, splits: int) -> None:
+    def latent_step(tokens: int, splits: int, written: Written | None = None) -> None:
         query, _ = rows(tokens)
         for skip in (False, True):
             empty = _empty_requests(1, LONG_STEP, LONG_STEP, device)
-            attend_codes(codec, tensors, query, cache, empty, torch.empty_like(query), splits, skip, LONG_STEP)
+            out = torch.empty_like(query)
+            attend_codes(codec, tensors, query, written, cache, empty, out, splits, skip, LONG_STEP)
 
     def decode_step(num_reqs: int, query_len: int) -> None:
         query, written = rows(num_reqs * query_len)
