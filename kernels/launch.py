@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the decode kernel is launched: warps, pipeline stages, registers, and programs on a multiprocessor.
 
-In: a step's columns and the plan of V. Out: ``Launch``, which changes speed, and with ``rows`` the rounding. A default for every GPU is
-here; what a GPU likes better is measured by `kvsplice bench launch` and handed in by the caller.
+In: a step's columns and the plan of V. Out: ``Launch``, which changes speed, and with ``rows`` the rounding. A default for every GPU, and
+one for many columns on Hopper, are here; what a GPU likes better is measured by `kvsplice bench launch` and handed in by the caller.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ PROGRAMS = 8  # the fastest of a sweep on an H200 at 1 x 32k, 8 x 8k, 64 x 4k an
 MOST_ACCUMULATORS = 20  # of 4 registers each, that 200 registers hold beside the rest
 MOST_PAIRS = 16  # of accumulators, for 16 columns, that 255 registers hold beside the rest
 MOST_RANKS = 256  # of K and V, whose queries and codes they hold too
+ROWS_FROM = 32  # columns
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,23 @@ class Launch:
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; 1 elsewhere."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def rows_launch(columns: int, ranks: int, device: torch.device) -> Launch | None:
+    """What many columns are launched with where the tensor cores take 64 rows at a time: queries as rows, three programs on a
+    multiprocessor. ``ranks``: stored dimensions of K and V together; more would spill.
+
+    Not on Blackwell, whose tensor memory Triton 3.6 overruns with some layouts; nor with the mma of older GPUs, unmeasured.
+    """
+    if columns < ROWS_FROM or ranks > MOST_RANKS or not _takes_64_rows(device):
+        return None
+    return Launch(4, maxnreg=168, programs=3, rows=64)
+
+
+@lru_cache(maxsize=8)
+def _takes_64_rows(device: torch.device) -> bool:
+    """Whether there is wgmma: on Hopper alone."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @lru_cache(maxsize=256)

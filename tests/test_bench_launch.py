@@ -30,22 +30,24 @@ A, B = Launch(1, 4, 168, 12), Launch(1, 2, None, 8)
 
 # ---------------------------------------------------------------- grid and choice
 def test_the_grid_holds_the_default_first_and_nothing_twice():
-    variants = launch_choice.variants(DEFAULT, 8)
+    variants = launch_choice.variants(DEFAULT, DEFAULT, 8)
     assert variants[0] == DEFAULT and len(variants) == len(set(variants)) == 2 * 3 * 4
     found = launch_choice.candidates(DEFAULT, variants)
     assert found[0] == DEFAULT and len(found) == len(set(found)) == 24 * 5
     assert {launch.num_warps for launch in found[:60]} == {1}  # of more warps last
     assert {launch.programs for launch in found} == {6, 8, 10, 12, 16}
-    assert {launch.num_warps for launch in launch_choice.variants(Launch(4), 16)} == {4, 8}
+    assert {launch.num_warps for launch in launch_choice.variants(Launch(4), Launch(4), 16)} == {4, 8}
 
 
 def test_many_columns_are_tried_as_rows_too_and_first():
-    default = Launch(4)
-    variants = launch_choice.variants(default, 64)
-    assert len(variants) == len(set(variants)) == 24 + 4 and {v.rows for v in variants[5:]} == {None}
-    assert variants[:5] == [default, *(Launch(n // 16, s, None, 8, n) for n in (64, 128) for s in (3, 2))]
+    columns, rows = Launch(4), Launch(4, 3, 168, 3, 64)
+    for default in (columns, rows):
+        variants = launch_choice.variants(default, columns, 64)
+        assert len(variants) == len(set(variants)) == 24 + 6 and variants[0] == default
+        n = 6 + (default == columns)
+        assert {v.rows for v in variants[n - 5 : n]} == {64} and {v.rows for v in variants[n:]} == {None}
     found = launch_choice.candidates(default, variants)
-    assert len(found) == len(set(found)) == 24 * 5 + 4 * 4
+    assert len(found) == len(set(found)) == 24 * 5 + 6 * 4 and found[0] == rows
     assert {launch.programs for launch in found if launch.rows} == {1, 2, 3, 4}
 
 
@@ -93,7 +95,7 @@ def swept(monkeypatch, us, deadline: float = 1e18):
     points = Points(us)
     monkeypatch.setattr(launch_sweep, "_point", lambda *_: points)
     job = bench_launch._groups(LaunchRequest(("int8",), shapes=((1, 40),)))
-    tried = launch_choice.variants(DEFAULT, 8)
+    tried = launch_choice.variants(DEFAULT, DEFAULT, 8)
     return launch_sweep.sweep(*job.values(), DEFAULT, tried, Device("cpu"), deadline), points
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvsplice_kernels import launch as kernels_launch
 from vllm_kvsplice import config_files, launch
 from vllm_kvsplice.codec.layout import LatentLayout
 from vllm_kvsplice.errors import KVSpliceError
@@ -32,9 +33,13 @@ def folder(tmp_path, monkeypatch) -> Path:
     (tmp_path / "launch").mkdir()
     monkeypatch.setattr(config_files, "find_spec", lambda _: Spec([str(tmp_path)]))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: GPU)
-    launch._tuned.cache_clear(), launch._of_gpu.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    caches = launch._tuned, launch._of_gpu, kernels_launch._takes_64_rows
+    for cache in caches:
+        cache.cache_clear()
     yield tmp_path / "launch"
-    launch._tuned.cache_clear(), launch._of_gpu.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 class Spec:
@@ -101,6 +106,22 @@ def test_a_launch_with_queries_as_rows_is_read(folder):
 
     put(folder, content(ENTRY | {"columns": 64, "launch": PARAMETERS | {"num_warps": 4, "rows": 64}}))
     assert launch.tuned(LAYOUT, 7, 5, CUDA) == launch.tuned(LAYOUT, 7, 1024, CUDA) == Launch(4, 4, 168, 12, rows=64)
+
+
+@pytest.mark.parametrize("capability, expected", [((9, 0), 64), ((8, 9), None), ((10, 0), None)])
+def test_many_columns_have_queries_as_rows_on_hopper_unless_a_file_says_otherwise(
+    folder, monkeypatch, capability, expected
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    put(folder, content(ENTRY | {"columns": 64}))
+
+    def rows(layout, query_len):
+        found = launch.tuned(layout, 7, query_len, CUDA)
+        return found and found.rows
+
+    wide = LatentLayout.of(256, [(8, 256)], [(8, 256)])
+    assert rows(LAYOUT, 4) == expected  # 32 columns
+    assert (rows(LAYOUT, 1), rows(LAYOUT, 5), rows(wide, 5)) == (None, None, None)  # 64 of LAYOUT are measured
 
 
 def test_an_unknown_gpu_gets_the_default(folder, monkeypatch):

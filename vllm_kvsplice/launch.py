@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvsplice_kernels.decode import query_tile
-from kvsplice_kernels.launch import Launch
+from kvsplice_kernels.launch import Launch, rows_launch
 from vllm_kvsplice.codec.layout import LatentLayout
 from vllm_kvsplice.config_files import installed
 from vllm_kvsplice.errors import KVSpliceError
@@ -93,7 +93,8 @@ def read(path: Path) -> LaunchFile:
 
 
 def tuned(layout: LatentLayout, group: int, max_query_len: int, device: torch.device) -> Launch | None:
-    """The launch to decode with on a device; None, its default, for a GPU, layout or step that no file knows.
+    """The launch to decode with on a device; None, the kernel's default, for a GPU, layout or step that no file knows, but for
+    many columns on Hopper: those have queries as rows.
 
     Args:
         group: query heads of a KV head. max_query_len: upper bound of the requests' query tokens.
@@ -106,7 +107,8 @@ def tuned(layout: LatentLayout, group: int, max_query_len: int, device: torch.de
 @lru_cache(maxsize=256)
 def _tuned(layout: LatentLayout, columns: int, device: torch.device) -> Launch | None:
     """Cached: every layer asks in every step that no CUDA graph replays."""
-    return _of_gpu(torch.cuda.get_device_name(device)).get((layout.head_dim, columns, str(layout)))
+    found = _of_gpu(torch.cuda.get_device_name(device)).get((layout.head_dim, columns, str(layout)))
+    return found or rows_launch(columns, layout.rank("k") + layout.rank("v"), device)
 
 
 @lru_cache(maxsize=8)

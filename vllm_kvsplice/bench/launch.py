@@ -169,12 +169,18 @@ def _groups(request: LaunchRequest) -> dict[Key, list[Job]]:
     return {key: list(jobs.values()) for key, jobs in found.items()}
 
 
-def _default(key: Key, job: Job) -> Launch:
-    from kvsplice_kernels.launch import default_launch
+def _variants(key: Key, job: Job, device: Device) -> list[Launch]:
+    """What is tried, the default first."""
+    import torch
+
+    from kvsplice_kernels.launch import default_launch, rows_launch
+    from vllm_kvsplice.bench.launch_choice import variants
     from vllm_kvsplice.calibration.presets import resolve
 
     layout, _ = resolve(job.preset, job.head_dim)
-    return default_launch(key[1], layout.rank("k") + layout.rank("v"), layout.plan("v", job.block_size))
+    ranks = layout.rank("k") + layout.rank("v")
+    with_columns = default_launch(key[1], ranks, layout.plan("v", job.block_size))
+    return variants(rows_launch(key[1], ranks, torch.device(device.name)) or with_columns, with_columns, key[1])
 
 
 def _rehearse(groups: dict[Key, list[Job]], device: Device, seconds: float) -> dict[tuple[Key, Launch], str]:
@@ -182,12 +188,11 @@ def _rehearse(groups: dict[Key, list[Job]], device: Device, seconds: float) -> d
     if not device.on_gpu:
         return {}
     from vllm_kvsplice.bench.kernels_rehearsal import rehearse
-    from vllm_kvsplice.bench.launch_choice import variants
 
     small = {
         replace(jobs[0], batch=SMALL[0], context=SMALL[1], launch=launch): (key, launch)
         for key, jobs in groups.items()
-        for launch in variants(_default(key, jobs[0]), key[1])
+        for launch in _variants(key, jobs[0], device)
     }
     return {small[job]: outcome.text for job, outcome in rehearse(list(small), device, seconds).items()}
 
@@ -195,12 +200,13 @@ def _rehearse(groups: dict[Key, list[Job]], device: Device, seconds: float) -> d
 def _entry(
     key: Key, jobs: Sequence[Job], rejected: dict[tuple[Key, Launch], str], device: Device, deadline: float
 ) -> dict[str, Any]:
-    from vllm_kvsplice.bench.launch_choice import choose, programs_of, variants
+    from vllm_kvsplice.bench.launch_choice import choose, programs_of
     from vllm_kvsplice.bench.launch_sweep import sweep
 
-    default = _default(key, jobs[0])
+    tried = _variants(key, jobs[0], device)
+    default = tried[0]
     bad = {launch: text for (k, launch), text in rejected.items() if k == key and launch != default}
-    found = sweep(jobs, default, [v for v in variants(default, key[1]) if v not in bad], device, deadline)
+    found = sweep(jobs, default, [v for v in tried if v not in bad], device, deadline)
     for launch, text in bad.items():
         found.outcomes[_outcome(text)] += len(programs_of(launch))
     choice = choose(default, found.times)

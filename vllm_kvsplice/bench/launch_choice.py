@@ -18,12 +18,12 @@ WARPS = 1, 2  # times the default's
 STAGES = 3, 2, 4
 REGISTERS = 200, 168, None, 128  # of a thread: 10, 12, 8 and 16 warps on a multiprocessor
 PROGRAMS = 8, 10, 12, 16, 6
-# Queries as rows, from LEAST_COLUMNS on: 4 warps for each 64 rows, 200 registers and more a thread (compiled for sm_90), so that
-# few programs lie on a multiprocessor.
-ROWS = 64, 128
-ROWS_STAGES = 3, 2
-ROWS_PROGRAMS = 2, 1, 3, 4
-LEAST_COLUMNS = 32
+# Queries as rows, from ROWS_FROM columns on: 4 warps for 64 rows. Three programs of 168 registers lie on a multiprocessor, two
+# without a limit. More rows would stay empty: no step of few tokens a request has more columns.
+ROWS, ROWS_WARPS = 64, 4
+ROWS_STAGES = 3, 2, 4
+ROWS_REGISTERS = 168, None
+ROWS_PROGRAMS = 3, 2, 1, 4
 LEAST_GAIN = 1.02  # below this, a default that all GPUs share is worth more
 
 
@@ -39,14 +39,14 @@ class Choice(NamedTuple):
         return self.best if self.speedup >= LEAST_GAIN else None
 
 
-def variants(default: Launch, columns: int) -> list[Launch]:
-    """What is compiled, the default first; programs are the default's."""
+def variants(default: Launch, with_columns: Launch, columns: int) -> list[Launch]:
+    """What is compiled, the default first; ``with_columns``: the default where queries are columns. programs are a default's."""
+    from kvsplice_kernels.launch import ROWS_FROM, Launch
+
     grid = product(WARPS, STAGES, REGISTERS)
-    found = [replace(default, num_warps=w * default.num_warps, num_stages=s, maxnreg=r) for w, s, r in grid]
-    rows = [
-        replace(default, num_warps=n // 16, num_stages=s, maxnreg=None, rows=n) for n, s in product(ROWS, ROWS_STAGES)
-    ]
-    return list(dict.fromkeys([default, *(rows if columns >= LEAST_COLUMNS else []), *found]))
+    found = [replace(with_columns, num_warps=w * with_columns.num_warps, num_stages=s, maxnreg=r) for w, s, r in grid]
+    rows = [Launch(ROWS_WARPS, s, r, default.programs, ROWS) for s, r in product(ROWS_STAGES, ROWS_REGISTERS)]
+    return list(dict.fromkeys([default, *(rows if columns >= ROWS_FROM else []), *found]))
 
 
 def programs_of(variant: Launch) -> tuple[int, ...]:
