@@ -212,38 +212,48 @@ def test_chosen_splits_fill_the_gpu_and_no_more() -> None:
     assert choose(1000, 8, 10**6, 132) == 1
 
 
-@pytest.mark.parametrize("bits", [4, 2])
-def test_the_ptx_that_unpacks_pairs_is_exact(bits: int) -> None:
-    """What the interpreter does not run: every byte through the instructions of _pair_asm, in numpy."""
+def test_splits_of_rows_leave_little_of_the_last_wave_empty() -> None:
+    choose, rows = cases.attention.choose_num_splits, Launch(4, programs=3, rows=64)
+    assert choose(64, 4, 4096, 132, rows) == 3  # 768 programs in two waves of 396; 256 are two thirds of one
+    assert choose(64, 4, 4096, 132, Launch(4, programs=2, rows=64)) == 1  # 256 of 264
+    assert choose(16, 4, 32768, 132, rows) == 6
+    assert choose(256, 4, 2048, 132, rows) == choose(1000, 8, 10**6, 132, rows) == 1
+    assert choose(1, 4, 1024, 132, rows) == 8
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_the_ptx_that_unpacks_words_does_what_is_interpreted(bits: int) -> None:
+    """What the interpreter does not run: words through the instructions of _words_asm, in numpy, with a scale of 1 / 2."""
     rng = np.random.default_rng(0)
-    raw = np.concatenate([np.arange(256), rng.integers(0, 256, 256)]).astype(np.uint8)
-    for part in range(0, 8 // bits, 2):
-        registers = {"$4": raw.view(np.uint32)}
-        asm = decode_rows._pair_asm.fn(part, bits).strip("{ }")
-        for line in filter(None, (line.strip() for line in asm.split(";"))):
-            name, target, *given = line.replace(",", "").split()
-            if name == ".reg":
-                continue
-            values = [registers[x] if x in registers else np.uint32(int(x, 0)) for x in given]
-            if name == "mov.b32":
-                registers[target] = values[0]
-            elif name == "prmt.b32":
-                both = np.stack(
-                    [values[0] >> np.uint32(8 * i) & 0xFF for i in range(4)] + [np.zeros_like(values[0])] * 4
-                )
-                picks = [int(values[2]) >> 4 * i & 0xF for i in range(4)]
-                registers[target] = sum(both[pick] << np.uint32(8 * i) for i, pick in enumerate(picks)).astype(
-                    np.uint32
-                )
-            elif name == "lop3.b32":
-                assert values[3] == 0xEA  # (a & b) | c
-                registers[target] = values[0] & values[1] | values[2]
-            else:
-                assert name == "add.f16x2"
-                a, b = (np.broadcast_to(x, raw.size // 4).copy().view(np.float16) for x in values)
-                registers[target] = (a + b).view(np.uint32)
-        for byte in range(4):
-            got = registers[f"${byte}"].view(np.float16).reshape(-1, 2)
-            for half in range(2):
-                expected = raw[byte::4] >> bits * (part + half) & (1 << bits) - 1
-                assert np.array_equal(got[:, half], expected.astype(np.float16))
+    words = rng.integers(0, 1 << 32, 4096, dtype=np.uint64).astype(np.uint32)
+    count, middle = 16 // bits, 0.0 if bits == 8 else (2**bits - 1) / 2
+
+    def twice(value: float) -> np.ndarray:
+        return np.full((words.size, 2), value, np.float16).view(np.uint32)[:, 0]
+
+    registers = dict(zip((f"${count + i}" for i in range(3)), (words, twice(0.5), twice(-middle / 2)), strict=True))
+    for line in filter(None, (line.strip() for line in decode_rows._words_asm.fn(bits).strip("{ }").split(";"))):
+        name, target, *given = line.replace(",", "").split()
+        if name == ".reg":
+            continue
+        values = [registers[x] if x in registers else np.full_like(words, int(x, 0)) for x in given]
+        if name.endswith("f16x2"):
+            a, *others = (x.copy().view(np.float16).astype(np.float64) for x in values)
+            for b in others[:1]:
+                a = a * b if name[:3] in ("mul", "fma") else a + b
+            a = a + others[1] if name.startswith("fma") else a
+            registers[target] = a.astype(np.float16).view(np.uint32)
+        elif name == "lop3.b32":
+            assert (values[3] == 0x6A).all()  # (a & b) ^ c
+            registers[target] = values[0] & values[1] ^ values[2]
+        elif name == "shr.u32":
+            registers[target] = values[0] >> values[1]
+        else:
+            assert name == "mov.b32"
+            registers[target] = values[0]
+    for k in range(count):
+        got = registers[f"${k}"].view(np.float16).reshape(-1, 2)
+        for half in range(2):
+            code = (words >> np.uint32(k * bits + 16 * half) & np.uint32((1 << bits) - 1)).astype(np.int64)
+            code = (code ^ 0x80) - 128 if bits == 8 else code
+            assert np.array_equal(got[:, half], ((code - middle) / 2).astype(np.float16))

@@ -108,7 +108,13 @@ def tuned(layout: LatentLayout, group: int, max_query_len: int, device: torch.de
 def _tuned(layout: LatentLayout, columns: int, device: torch.device) -> Launch | None:
     """Cached: every layer asks in every step that no CUDA graph replays."""
     found = _of_gpu(torch.cuda.get_device_name(device)).get((layout.head_dim, columns, str(layout)))
-    return found or rows_launch(columns, layout.rank("k") + layout.rank("v"), device)
+    return found or many_columns(layout, columns, device)
+
+
+def many_columns(layout: LatentLayout, columns: int, device: torch.device) -> Launch | None:
+    """The default of steps of several tokens a request on Hopper, elsewhere and of others None."""
+    wide = any(tier.bits == 16 for tier in (*layout.k, *layout.v))
+    return rows_launch(columns, layout.rank("k") + layout.rank("v"), wide, device)
 
 
 @lru_cache(maxsize=8)

@@ -173,14 +173,15 @@ def _variants(key: Key, job: Job, device: Device) -> list[Launch]:
     """What is tried, the default first."""
     import torch
 
-    from kvsplice_kernels.launch import default_launch, rows_launch
+    from kvsplice_kernels.launch import default_launch
     from vllm_kvsplice.bench.launch_choice import variants
     from vllm_kvsplice.calibration.presets import resolve
+    from vllm_kvsplice.launch import many_columns
 
     layout, _ = resolve(job.preset, job.head_dim)
     ranks = layout.rank("k") + layout.rank("v")
     with_columns = default_launch(key[1], ranks, layout.plan("v", job.block_size))
-    return variants(rows_launch(key[1], ranks, torch.device(device.name)) or with_columns, with_columns, key[1])
+    return variants(many_columns(layout, key[1], torch.device(device.name)) or with_columns, with_columns, key[1])
 
 
 def _rehearse(groups: dict[Key, list[Job]], device: Device, seconds: float) -> dict[tuple[Key, Launch], str]:
