@@ -5,13 +5,12 @@ In: queries, pages, bases. Out: the attention output. Meaning: reference.paged_a
 nothing is allocated and nothing waits for the GPU, so that a CUDA graph can hold it.
 """
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvsplice_kernels.decode import ROWS_TILE, TILE, bind_decode
+from kvsplice_kernels.decode import TILE, bind_decode
 from kvsplice_kernels.dispatch import Bound, launcher
 from kvsplice_kernels.encode import Prepared
 from kvsplice_kernels.launch import PROGRAMS, Launch
@@ -20,7 +19,6 @@ from kvsplice_kernels.project_query import bind_project
 from kvsplice_kernels.reduce_expand import bind_reduce
 
 MOST_SPLITS = 512
-START_TILES = 5  # what a program of rows costs beside its tiles, in tiles: an estimate, its queries and its end move 5 KB of fp32 a row
 
 
 class Workspace(NamedTuple):
@@ -69,24 +67,10 @@ def choose_num_splits(
     num_reqs: int, num_kv_heads: int, max_seq_len: int, num_sms: int, launch: Launch | None = None
 ) -> int:
     """Splits of the keys so that at most ``launch.programs`` (None: PROGRAMS) programs of decode lie on each
-    multiprocessor, in one wave, each with four tiles or more; with queries as rows, where few lie there, in up to two waves
-    if those leave less of the GPU empty."""
-    at_once = (launch.programs if launch else PROGRAMS) * num_sms
-    programs = max(1, num_reqs * num_kv_heads)
-    wanted = at_once // programs
-    if launch is not None and launch.rows is not None:
-        wanted = _splits_of_rows(programs, at_once, -(-max_seq_len // ROWS_TILE))
+    multiprocessor, in one wave, each with four tiles or more."""
+    programs = launch.programs if launch else PROGRAMS
+    wanted = programs * num_sms // max(1, num_reqs * num_kv_heads)
     return max(1, min(wanted, -(-max_seq_len // (4 * TILE)), MOST_SPLITS))
-
-
-@lru_cache(maxsize=4096)
-def _splits_of_rows(programs: int, at_once: int, tiles: int) -> int:
-    """The least that end soonest: waves times what a program takes, in tiles."""
-
-    def ends(splits: int) -> float:
-        return -(-programs * splits // at_once) * (tiles / splits + START_TILES)
-
-    return min(range(1, 2 * at_once // programs + 1), key=ends, default=1)
 
 
 def bind_attention(

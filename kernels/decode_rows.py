@@ -2,388 +2,66 @@
 """Stage 1 of attention for many query rows: what decode does, with queries as the rows of both dots.
 
 In and out: decode's. Speculative tokens and the ends of cached prompts give one KV head 32 rows and more, of which decode's
-warps hold 8 to 16 each, and every warp unpacks all codes anew. Here a program of four or eight warps unpacks them once, into
-fp16 operands in shared memory, and Hopper's tensor cores take 64 rows at a time (wgmma); other GPUs use mma. Chosen by
-``Launch.rows``.
-
-An unpacked latent is exact under scales from 2**-15 on: a code of 8 bits times a scale of 4 has 11, fp16's significand, and in
-units of UNIT the greatest scale's products are below 65504. Smaller scales, of rows whose greatest magnitude is 4e-3 or less (8 bits),
-are rounded to multiples of 2**-19, of which decode knows nothing. Queries are fp16 in units of a power of two, p is
-fp16. The rest follows FlashAttention-2 (Dao 2023, algorithm 1), with the exponent taken in base 2.
+warps hold 8 to 16 each, and every warp unpacks all codes anew. Here a program of four warps for every 64 rows unpacks them once,
+into one fp16 operand for K and one for V in shared memory (row_operands), and Hopper's tensor cores take 64 rows at a time
+(wgmma); other GPUs use mma. Chosen by ``Launch.rows``. The rest follows FlashAttention-2 (Dao 2023, algorithm 1), with the
+exponent taken in base 2.
 """
 
 import triton
 import triton.language as tl
 
-from kvsplice_kernels.packing import (
-    INTERPRETED,
-    dot,
-    floor_power_of_two,
-    inverse_power_of_two,
-    load_block,
-    page_of,
-    scale_of,
-    tanh,
-    to_float,
-    unit_of,
-)
-from kvsplice_kernels.plan import (
-    MIN_DOT,
-    block_size_of,
-    chunk_col,
-    chunk_width,
-    codes_offset,
-    middle,
-    num_chunks,
-    num_tiers,
-    scale_offset,
-    tier_bits,
-    tier_row,
-    tier_start,
+from kvsplice_kernels.packing import dot, load_block, page_of, tanh, to_float
+from kvsplice_kernels.row_operands import (
+    UNIT,
+    code_tile,
+    dims_of,
+    fits,
+    load_query_rows,
+    load_scale_bytes,
+    num_columns,
+    through_memory,
+    wide_tile,
 )
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-PIECE = 32  # bytes of codes
-UNIT = tl.constexpr(32.0)  # of unpacked latents: 127 times the greatest scale, 1.875 * 2**13, is below 65504 of them
 # p reaches 2**HEADROOM, so that fp16 holds what is 2**-34 of the greatest.
 HEADROOM = tl.constexpr(10.0)
-
-
-# ---------------------------------------------------------------- columns of a tile
-@triton.constexpr_function
-def _pieces(plan, wide):
-    """[(tier, chunk, first element in it, elements)] that a tile is made of: 16-bit tiers, or else codes in runs that two threads
-    load for each token, so that all pieces lie in registers alike."""
-    found = []
-    for t in range(num_tiers(plan)):
-        if (tier_bits(plan, t) == 16) == wide:
-            for c in range(num_chunks(plan, t)):
-                width = chunk_width(plan, t, c)
-                step = width if wide else min(width, PIECE)
-                found += [(t, c, first, step) for first in range(0, width, step)]
-    return found
-
-
-@triton.constexpr_function
-def _num_pieces(plan, wide):
-    return len(_pieces(plan, wide))
-
-
-@triton.constexpr_function
-def _piece(plan, wide, i, field):
-    return _pieces(plan, wide)[i][field]
-
-
-@triton.constexpr_function
-def _widths(plan, wide):
-    """Of the pieces side by side: elements of 16-bit tiers, words of two unpacked codes else."""
-    return [n if wide else max(1, n // 4) * 16 // tier_bits(plan, t) for t, _, _, n in _pieces(plan, wide)]
-
-
-@triton.constexpr_function
-def _merges(plan, wide):
-    """[(left, right)] of what lies side by side, numbers of pieces and of earlier merges: equal widths, the narrowest first;
-    right -1: zeros. The last of all is the tile, a power of two and no less than a dot takes."""
-    widths, steps, least = _widths(plan, wide), [], MIN_DOT if wide else MIN_DOT // 2
-    left = list(range(len(widths)))
-    while left and (len(left) > 1 or widths[left[0]] < least):
-        left.sort(key=lambda i: widths[i])
-        alike = len(left) > 1 and widths[left[0]] == widths[left[1]]
-        steps.append((left[0], left[1] if alike else -1))
-        widths.append(2 * widths[left[0]])
-        left = left[2 if alike else 1 :] + [len(widths) - 1]
-    return steps
-
-
-@triton.constexpr_function
-def _num_merges(plan, wide):
-    return len(_merges(plan, wide))
-
-
-@triton.constexpr_function
-def _merge(plan, wide, i, side):
-    return _merges(plan, wide)[i][side]
-
-
-@triton.constexpr_function
-def _columns(plan, wide):
-    """Columns of a tile, 0 where there is none."""
-    widths = _widths(plan, wide)
-    for left, _ in _merges(plan, wide):
-        widths.append(2 * widths[left])
-    return (widths[-1] if wide else 2 * widths[-1]) if widths else 0
-
-
-@triton.jit
-def _beside(a, b, MOST: tl.constexpr):
-    """Columns of both, in alternating runs, of MOST at most, that stay whole in a thread: nothing moves. From 128 bytes on, a
-    row of shared memory, one after the other: then the two threads of a token store to different banks."""
-    R: tl.constexpr = a.shape[0]
-    W: tl.constexpr = a.shape[1]
-    RUN: tl.constexpr = W if W >= 8 * MOST else min(MOST, max(1, W // 4))
-    joined = tl.join(tl.reshape(a, [R, W // RUN, RUN]), tl.reshape(b, [R, W // RUN, RUN]))
-    return tl.reshape(tl.permute(joined, (0, 1, 3, 2)), [R, 2 * W])
-
-
-@triton.jit
-def _tile_of(parts, PLAN: tl.constexpr, WIDE_ONES: tl.constexpr):
-    """Pieces [R, width] side by side, as _merges says, in runs of 16 bytes where they are keys or values."""
-    RUN: tl.constexpr = 8 if WIDE_ONES else 4
-    for i in tl.static_range(_num_merges(PLAN, WIDE_ONES)):
-        left = parts[_merge(PLAN, WIDE_ONES, i, 0)]
-        if _merge(PLAN, WIDE_ONES, i, 1) < 0:
-            parts = parts + (_beside(left, tl.zeros_like(left), RUN),)
-        else:
-            parts = parts + (_beside(left, parts[_merge(PLAN, WIDE_ONES, i, 1)], RUN),)
-    return parts[len(parts) - 1]
-
-
-@triton.jit
-def _alternating(low, high):
-    """Columns of two tiles [R, W] in turn, [R, 2 W]."""
-    return tl.reshape(tl.join(low, high), [low.shape[0], 2 * low.shape[1]])
-
-
-@triton.jit
-def _piece_dims(HALF: tl.constexpr, PLAN: tl.constexpr, WIDE_ONES: tl.constexpr, i: tl.constexpr):
-    """Latent dimensions [1, width] of a piece, of words those of their lower (HALF 0) or upper codes, plus one; 0: padding."""
-    t: tl.constexpr = _piece(PLAN, WIDE_ONES, i, 0)
-    first: tl.constexpr = chunk_col(PLAN, t, _piece(PLAN, WIDE_ONES, i, 1)) + _piece(PLAN, WIDE_ONES, i, 2)
-    NBITS: tl.constexpr = tier_bits(PLAN, t)
-    column = tl.arange(0, _widths(PLAN, WIDE_ONES)[i])[None, :]
-    if WIDE_ONES:
-        return tier_start(PLAN, t) + first + column + 1
-    else:
-        WORDS: tl.constexpr = 16 // NBITS  # unpacked, of one that is loaded: see _words_asm
-        bit = column % WORDS * NBITS + 16 * HALF
-        byte, part = column // WORDS * 4 + bit // 8, bit % 8 // NBITS
-        return tl.where(
-            byte < _piece(PLAN, WIDE_ONES, i, 3), tier_start(PLAN, t) + part * tier_row(PLAN, t) + first + byte + 1, 0
-        )
-
-
-@triton.jit
-def _half_dims(HALF: tl.constexpr, PLAN: tl.constexpr, WIDE_ONES: tl.constexpr):
-    parts = ()
-    for i in tl.static_range(_num_pieces(PLAN, WIDE_ONES)):
-        parts = parts + (_piece_dims(HALF, PLAN, WIDE_ONES, i),)
-    return _tile_of(parts, PLAN, WIDE_ONES)
-
-
-@triton.jit
-def _dims(PLAN: tl.constexpr, WIDE_ONES: tl.constexpr):
-    """Latent dimensions [1, columns] of a tile, plus one; 0 where a column is padding."""
-    if WIDE_ONES:
-        return _half_dims(0, PLAN, WIDE_ONES)
-    else:
-        return _alternating(_half_dims(0, PLAN, WIDE_ONES), _half_dims(1, PLAN, WIDE_ONES))
-
-
-# ---------------------------------------------------------------- operands
-@triton.jit
-def _load_rows(q_ptrs, row_ok, PLAN: tl.constexpr, WIDE_ONES: tl.constexpr):
-    """Queries [M, columns] of a tile; zeros where there is none."""
-    if _columns(PLAN, WIDE_ONES) > 0:
-        dims = _dims(PLAN, WIDE_ONES)
-        return tl.load(q_ptrs[:, None] + (dims - 1), mask=row_ok[:, None] & (dims > 0), other=0.0)
-    else:
-        return tl.zeros([row_ok.shape[0], 16], tl.float32)
-
-
-@triton.jit
-def _load_query(q_ptrs, row_ok, PLAN: tl.constexpr, WIDE: tl.constexpr):
-    """Operands [M, columns] of both tiles, and the power of two [M] that they are in units of."""
-    q, q_wide = _load_rows(q_ptrs, row_ok, PLAN, False), _load_rows(q_ptrs, row_ok, PLAN, True)
-    unit = floor_power_of_two(tl.maximum(tl.max(tl.abs(q), 1), tl.max(tl.abs(q_wide), 1)))
-    inverse = inverse_power_of_two(unit)[:, None]
-    return (q * inverse).to(tl.float16), to_float(q_wide * inverse * (1.0 / UNIT), WIDE), unit  # wide keys are in none
-
-
-@triton.constexpr_function
-def _fits(k_plan, v_plan):
-    """Whether a row of the output's latent, fp32, holds a row of 16-bit queries."""
-    return 2 * (_columns(k_plan, False) + _columns(k_plan, True)) <= 4 * sum(tier[1] for tier in v_plan)
-
-
-@triton.jit
-def _through_memory(x, row_ptrs, row_ok):
-    """x [M, columns] of 16 bits, stored and loaded again: the compiler lets the tensor cores read what is loaded from shared
-    memory, and holds what is computed in registers, of which a third program then finds too few on a multiprocessor."""
-    ptrs = row_ptrs.to(tl.pointer_type(x.dtype))[:, None] + tl.arange(0, x.shape[1])[None, :]
-    tl.store(ptrs, x, mask=row_ok[:, None])
-    tl.debug_barrier()
-    return tl.load(ptrs, mask=row_ok[:, None], other=0.0)
-
-
-@triton.jit
-def _load_scales(page, place, PLAN: tl.constexpr):
-    """Scale bytes of every tier, a tile ahead of their use."""
-    codes = ()
-    for t in tl.static_range(num_tiers(PLAN)):
-        if tier_bits(PLAN, t) == 16:
-            codes = codes + (0,)
-        else:
-            code = tl.load(page + (scale_offset(PLAN, t) + place))
-            codes = codes + (code,)
-    return codes
-
-
-@triton.jit
-def _piece_ptrs(page, place, PLAN: tl.constexpr, WIDE_ONES: tl.constexpr, i: tl.constexpr, TYPE: tl.constexpr):
-    """Pointers [TILE, elements] to a piece of tokens ``place``, as elements of TYPE; page: one pointer, or one for each."""
-    t: tl.constexpr = _piece(PLAN, WIDE_ONES, i, 0)
-    c: tl.constexpr = _piece(PLAN, WIDE_ONES, i, 1)
-    BYTES: tl.constexpr = TYPE.primitive_bitwidth // 8
-    STORED: tl.constexpr = 2 if WIDE_ONES else 1
-    start: tl.constexpr = (block_size_of(PLAN, t) * chunk_col(PLAN, t, c) + _piece(PLAN, WIDE_ONES, i, 2)) * STORED
-    plane = (page + (codes_offset(PLAN, t) + start)).to(tl.pointer_type(TYPE))
-    if len(page.shape) == 1:
-        plane = plane[:, None]
-    col = tl.arange(0, _piece(PLAN, WIDE_ONES, i, 3) * STORED // BYTES)
-    return plane + (unit_of(place, PLAN, t, c)[:, None] * (chunk_width(PLAN, t, c) * STORED // BYTES) + col[None, :])
-
-
-@triton.jit
-def _wide_tile(page, place, valid, PLAN: tl.constexpr, WIDE: tl.constexpr):
-    """16-bit tiers [TILE, columns]; rows that are not valid are 0, foreign bytes may be NaN."""
-    parts = ()
-    for i in tl.static_range(_num_pieces(PLAN, True)):
-        x = tl.load(_piece_ptrs(page, place, PLAN, True, i, WIDE), mask=valid[:, None], other=0.0)
-        parts = parts + (x,)
-    return _tile_of(parts, PLAN, True)
-
-
-@triton.jit
-def _code_tile(page, place, codes, PLAN: tl.constexpr):
-    """Codes unpacked times their scales, [TILE, columns] fp16 in units of UNIT: finite, whatever the bytes."""
-    parts = ()
-    for i in tl.static_range(_num_pieces(PLAN, False)):
-        parts = parts + (_unpacked_piece(page, place, codes[_piece(PLAN, False, i, 0)], PLAN, i),)
-    words = _tile_of(parts, PLAN, False)
-    low, high = words.to(tl.int16), (words >> 16).to(tl.int16)
-    return _alternating(low.to(tl.float16, bitcast=True), high.to(tl.float16, bitcast=True))
-
-
-@triton.jit
-def _unpacked_piece(page, place, scale_code, PLAN: tl.constexpr, i: tl.constexpr):
-    t: tl.constexpr = _piece(PLAN, False, i, 0)
-    if _piece(PLAN, False, i, 3) == 2:  # the last bytes of a row
-        words = tl.load(_piece_ptrs(page, place, PLAN, False, i, tl.int16)).to(tl.int32)
-    else:
-        words = tl.load(_piece_ptrs(page, place, PLAN, False, i, tl.int32))
-    return _unpacked(words, scale_code, middle(PLAN, t), tier_bits(PLAN, t))
-
-
-@triton.jit
-def _unpacked(words, scale_code, MIDDLE: tl.constexpr, NBITS: tl.constexpr):
-    """int32 words [TILE, W] of codes times their tokens' scales: words [TILE, W * 16 / NBITS] of two fp16 each."""
-    scale = (scale_of(scale_code.to(tl.int32)) * (1.0 / UNIT)).to(tl.float16)
-    factor = tl.broadcast_to(_twice(scale)[:, None], words.shape)
-    offset = tl.broadcast_to(_twice(scale * (-MIDDLE))[:, None], words.shape)
-    if NBITS == 8:
-        pairs = tl.join(*_words(words, factor, offset, 2, MIDDLE, NBITS))
-    elif NBITS == 4:
-        a, b, c, d = _words(words, factor, offset, 4, MIDDLE, NBITS)
-        pairs = tl.join(tl.join(a, c), tl.join(b, d))
-    else:
-        a, b, c, d, e, f, g, h = _words(words, factor, offset, 8, MIDDLE, NBITS)
-        pairs = tl.join(tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h)))
-    return tl.reshape(pairs, [words.shape[0], words.shape[1] * 16 // NBITS])
-
-
-@triton.jit
-def _twice(x):
-    """fp16 in both halves of an int32."""
-    bits = x.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return bits | (bits << 16)
-
-
-@triton.jit
-def _words(words, factor, offset, COUNT: tl.constexpr, MIDDLE: tl.constexpr, NBITS: tl.constexpr):
-    """Word k has the codes from bit k * NBITS and from bit k * NBITS + 16 on, times the scale."""
-    if INTERPRETED:
-        found = ()
-        for k in tl.static_range(COUNT):
-            low = _product(words >> (k * NBITS), factor, MIDDLE, NBITS)
-            found = found + ((_product(words >> (k * NBITS + 16), factor, MIDDLE, NBITS) << 16) | low,)
-        return found
-    else:
-        return tl.inline_asm_elementwise(
-            _words_asm(NBITS),
-            "=&r," * COUNT + "r,r,r",
-            [words, factor, offset],
-            dtype=(tl.int32,) * COUNT,
-            is_pure=True,
-            pack=1,
-        )
-
-
-@triton.jit
-def _product(word, factor, MIDDLE: tl.constexpr, NBITS: tl.constexpr):
-    """Bits of the fp16 product of the lowest code of a word and the scale."""
-    code = word & ((1 << NBITS) - 1)
-    if NBITS == 8:
-        code = (code ^ 0x80) - 128
-    scale = (factor & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return ((code.to(tl.float32) - MIDDLE) * scale).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-
-
-@triton.constexpr_function
-def _words_asm(nbits):
-    """PTX of _words. A code in bits b .. of an fp16 whose exponent makes those count from 1 is 2**(10 - b) and the code; lop3 0x6a
-    is (a & b) ^ c, which also turns the sign bit of 8-bit codes, whose zero is then 128."""
-    count, per_byte = 16 // nbits, 8 // nbits
-    word, factor, offset = (f"${count + i}" for i in range(3))
-    lines = [".reg .b32 y, b;", f"shr.u32 y, {word}, 8;"]
-    for k in range(count):
-        shift = k % per_byte * nbits
-        mask, magic = ((1 << nbits) - 1) << shift, (25 - shift) << 10
-        bias = magic | 0x8000 | (128 if nbits == 8 else 0)
-        flipped = magic | (0x80 if nbits == 8 else 0)
-        source = word if k < per_byte else "y"
-        last = f"mul.f16x2 ${k}, ${k}, {factor};" if nbits == 8 else f"fma.rn.f16x2 ${k}, ${k}, {factor}, {offset};"
-        lines += [
-            f"lop3.b32 ${k}, {source}, {mask * 0x10001:#x}, {flipped * 0x10001:#x}, 0x6a;",
-            f"mov.b32 b, {bias * 0x10001:#x};",
-            f"add.f16x2 ${k}, ${k}, b;",
-            last,
-        ]
-    return "{ " + " ".join(lines) + " }"
 
 
 # ---------------------------------------------------------------- one program
 @triton.jit
 def _logits(q, q_wide, page, place, valid, codes, M: tl.constexpr, PLAN: tl.constexpr, WIDE: tl.constexpr):
     x = tl.zeros([M, place.shape[0]], tl.float32)
-    if _columns(PLAN, False) > 0:
-        x = dot(q, tl.trans(_code_tile(page, place, codes, PLAN)), x, "ieee")
-    if _columns(PLAN, True) > 0:
-        x = dot(q_wide, tl.trans(_wide_tile(page, place, valid, PLAN, WIDE)), x, "ieee")
+    if num_columns(PLAN, False) > 0:
+        x = dot(q, tl.trans(code_tile(page, place, codes, PLAN)), x, "ieee")
+    if num_columns(PLAN, True) > 0:
+        x = dot(q_wide, tl.trans(wide_tile(page, place, valid, PLAN, WIDE)), x, "ieee")
     return x
 
 
 @triton.jit
 def _init_values(PLAN: tl.constexpr, WIDE_ONES: tl.constexpr, M: tl.constexpr):
-    if _columns(PLAN, WIDE_ONES) > 0:
-        return tl.zeros([M, _columns(PLAN, WIDE_ONES)], tl.float32)
+    if num_columns(PLAN, WIDE_ONES) > 0:
+        return tl.zeros([M, num_columns(PLAN, WIDE_ONES)], tl.float32)
     else:
         return tl.zeros([1], tl.float32)  # a loop's
 
 
 @triton.jit
 def _add_values(acc, acc_wide, alpha, p, page, place, valid, codes, PLAN: tl.constexpr, WIDE: tl.constexpr):
-    if _columns(PLAN, False) > 0:
-        acc = dot(p.to(tl.float16), _code_tile(page, place, codes, PLAN), acc * alpha[:, None], "ieee")
-    if _columns(PLAN, True) > 0:
-        acc_wide = dot(to_float(p, WIDE), _wide_tile(page, place, valid, PLAN, WIDE), acc_wide * alpha[:, None], "ieee")
+    if num_columns(PLAN, False) > 0:
+        acc = dot(p.to(tl.float16), code_tile(page, place, codes, PLAN), acc * alpha[:, None], "ieee")
+    if num_columns(PLAN, True) > 0:
+        acc_wide = dot(to_float(p, WIDE), wide_tile(page, place, valid, PLAN, WIDE), acc_wide * alpha[:, None], "ieee")
     return acc, acc_wide
 
 
 @triton.jit
 def _store_latent(latent_ptrs, row_ok, acc, factor, PLAN: tl.constexpr, WIDE_ONES: tl.constexpr):
-    if _columns(PLAN, WIDE_ONES) > 0:
-        dims = _dims(PLAN, WIDE_ONES)
+    if num_columns(PLAN, WIDE_ONES) > 0:
+        dims = dims_of(PLAN, WIDE_ONES)
         tl.store(latent_ptrs[:, None] + (dims - 1), acc * factor[:, None], mask=row_ok[:, None] & (dims > 0))
 
 
@@ -401,12 +79,12 @@ def attend_rows(
     K_PLAN: tl.constexpr, V_PLAN: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Attend the rows to the tokens [first_token, end_token) of the tiles [tile, last_tile) and store (latent, lse)."""
-    q, q_wide, q_unit = _load_query(q_ptrs, row_ok, K_PLAN, WIDE)
-    if _fits(K_PLAN, V_PLAN):  # into rows that are written when all is read
-        if _columns(K_PLAN, False) > 0:
-            q = _through_memory(q, latent_ptrs, row_ok)
-        if _columns(K_PLAN, True) > 0:
-            q_wide = _through_memory(q_wide, latent_ptrs + _columns(K_PLAN, False) // 2, row_ok)
+    q, q_wide, q_unit = load_query_rows(q_ptrs, row_ok, K_PLAN, WIDE)
+    if fits(K_PLAN, V_PLAN):  # into rows that are written when all is read
+        if num_columns(K_PLAN, False) > 0:
+            q = through_memory(q, latent_ptrs, row_ok)
+        if num_columns(K_PLAN, True) > 0:
+            q_wide = through_memory(q_wide, latent_ptrs + num_columns(K_PLAN, False) // 2, row_ok)
     step = q_unit * (UNIT * scale)  # of a logit
     factor = step * LOG2E
     if SOFT_CAP:
@@ -424,14 +102,17 @@ def attend_rows(
     # Block ids come two tiles ahead and scales one: only the codes' loads are made asynchronous by the compiler.
     page = page_of(cache_ptr, load_block(table_ptr, tile, first_token, end_token, TILE, BLOCK_SIZE), stride_block)
     place = (tile * TILE + token) % BLOCK_SIZE
-    k_codes, v_codes = _load_scales(page, place, K_PLAN), _load_scales(page, place, V_PLAN)
+    k_codes, v_codes = load_scale_bytes(page, place, K_PLAN), load_scale_bytes(page, place, V_PLAN)
     block = load_block(table_ptr, tile + 1, first_token, end_token, TILE, BLOCK_SIZE)
     for i in range(tile, last_tile):
         position = i * TILE + token
         valid = (position >= first_token) & (position < end_token)
         next_page = page_of(cache_ptr, block, stride_block)
         next_place = (position + TILE) % BLOCK_SIZE
-        next_k, next_v = _load_scales(next_page, next_place, K_PLAN), _load_scales(next_page, next_place, V_PLAN)
+        next_k, next_v = (
+            load_scale_bytes(next_page, next_place, K_PLAN),
+            load_scale_bytes(next_page, next_place, V_PLAN),
+        )
         block = load_block(table_ptr, i + 2, first_token, end_token, TILE, BLOCK_SIZE)
         x = _logits(q, q_wide, page, place, valid, k_codes, M, K_PLAN, WIDE)
         if SOFT_CAP:

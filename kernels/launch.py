@@ -47,16 +47,16 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def rows_launch(columns: int, ranks: int, wide: bool, device: torch.device) -> Launch | None:
-    """What many columns are launched with where the tensor cores take 64 rows at a time: queries as rows, three programs on a
-    multiprocessor, or two of layouts with 16-bit tiers (``wide``), of whose shared memory it holds no more. ``ranks``: stored
+def rows_launch(columns: int, ranks: int, device: torch.device) -> Launch | None:
+    """What many columns are launched with where the tensor cores take 64 rows at a time: queries as rows, two programs on a
+    multiprocessor. Three, of 168 registers, are faster at 16 x 32k tokens and slower by more at 64 x 4k. ``ranks``: stored
     dimensions of K and V together; more would spill.
 
     Not on Blackwell, whose tensor memory Triton 3.6 overruns with some layouts; nor with the mma of older GPUs, unmeasured.
     """
     if columns < ROWS_FROM or ranks > MOST_RANKS or not _takes_64_rows(device):
         return None
-    return Launch(4, programs=2, rows=64) if wide else Launch(4, maxnreg=168, programs=3, rows=64)
+    return Launch(4, programs=2, rows=64)
 
 
 @lru_cache(maxsize=8)

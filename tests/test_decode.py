@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvsplice_kernels import decode_rows
+from kvsplice_kernels import row_operands
 from kvsplice_kernels.launch import Launch
 from vllm_kvsplice.codec import reference
 
@@ -212,15 +212,6 @@ def test_chosen_splits_fill_the_gpu_and_no_more() -> None:
     assert choose(1000, 8, 10**6, 132) == 1
 
 
-def test_splits_of_rows_leave_little_of_the_last_wave_empty() -> None:
-    choose, rows = cases.attention.choose_num_splits, Launch(4, programs=3, rows=64)
-    assert choose(64, 4, 4096, 132, rows) == 3  # 768 programs in two waves of 396; 256 are two thirds of one
-    assert choose(64, 4, 4096, 132, Launch(4, programs=2, rows=64)) == 1  # 256 of 264
-    assert choose(16, 4, 32768, 132, rows) == 6
-    assert choose(256, 4, 2048, 132, rows) == choose(1000, 8, 10**6, 132, rows) == 1
-    assert choose(1, 4, 1024, 132, rows) == 8
-
-
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_the_ptx_that_unpacks_words_does_what_is_interpreted(bits: int) -> None:
     """What the interpreter does not run: words through the instructions of _words_asm, in numpy, with a scale of 1 / 2."""
@@ -232,7 +223,7 @@ def test_the_ptx_that_unpacks_words_does_what_is_interpreted(bits: int) -> None:
         return np.full((words.size, 2), value, np.float16).view(np.uint32)[:, 0]
 
     registers = dict(zip((f"${count + i}" for i in range(3)), (words, twice(0.5), twice(-middle / 2)), strict=True))
-    for line in filter(None, (line.strip() for line in decode_rows._words_asm.fn(bits).strip("{ }").split(";"))):
+    for line in filter(None, (line.strip() for line in row_operands._words_asm.fn(bits).strip("{ }").split(";"))):
         name, target, *given = line.replace(",", "").split()
         if name == ".reg":
             continue

@@ -113,8 +113,7 @@ def _tuned(layout: LatentLayout, columns: int, device: torch.device) -> Launch |
 
 def many_columns(layout: LatentLayout, columns: int, device: torch.device) -> Launch | None:
     """The default of steps of several tokens a request on Hopper, elsewhere and of others None."""
-    wide = any(tier.bits == 16 for tier in (*layout.k, *layout.v))
-    return rows_launch(columns, layout.rank("k") + layout.rank("v"), wide, device)
+    return rows_launch(columns, layout.rank("k") + layout.rank("v"), device)
 
 
 @lru_cache(maxsize=8)

@@ -22,8 +22,8 @@ PROGRAMS = 8, 10, 12, 16, 6
 # without a limit. More rows would stay empty: no step of few tokens a request has more columns.
 ROWS, ROWS_WARPS = 64, 4
 ROWS_STAGES = 3, 2, 4
-ROWS_REGISTERS = 168, None
-ROWS_PROGRAMS = 3, 2, 1, 4
+ROWS_REGISTERS = None, 168
+ROWS_PROGRAMS = 2, 3, 1, 4
 LEAST_GAIN = 1.02  # below this, a default that all GPUs share is worth more
 
 
