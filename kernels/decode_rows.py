@@ -11,14 +11,13 @@ exponent taken in base 2.
 import triton
 import triton.language as tl
 
-from kvsplice_kernels.packing import dot, load_block, page_of, tanh, to_float
+from kvsplice_kernels.packing import dot, load_block, load_scale_bytes, page_of, tanh, to_float
 from kvsplice_kernels.row_operands import (
     UNIT,
     code_tile,
     dims_of,
     fits,
     load_query_rows,
-    load_scale_bytes,
     num_columns,
     through_memory,
     wide_tile,

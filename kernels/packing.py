@@ -215,10 +215,16 @@ def scale_ptrs(page, row, PLAN: tl.constexpr, t: tl.constexpr):
 def load_scales(page, row, PLAN: tl.constexpr):
     """fp32 scales [rows] of every tier; 0 where a tier has none."""
     scales = ()
+    codes = load_scale_bytes(page, row, PLAN)
     for t in tl.static_range(num_tiers(PLAN)):
-        if tier_bits(PLAN, t) == 16:
-            scales = scales + (0,)
-        else:
-            code = tl.load(scale_ptrs(page, row, PLAN, t))
-            scales = scales + (scale_of(code.to(tl.int32)),)
+        scales = scales + (0 if tier_bits(PLAN, t) == 16 else scale_of(codes[t].to(tl.int32)),)
     return scales
+
+
+@triton.jit
+def load_scale_bytes(page, row, PLAN: tl.constexpr):
+    """Scale bytes [rows] of every tier; 0 where a tier has none."""
+    codes = ()
+    for t in tl.static_range(num_tiers(PLAN)):
+        codes = codes + (0 if tier_bits(PLAN, t) == 16 else tl.load(scale_ptrs(page, row, PLAN, t)),)
+    return codes

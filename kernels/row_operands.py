@@ -30,7 +30,6 @@ from kvsplice_kernels.plan import (
     middle,
     num_chunks,
     num_tiers,
-    scale_offset,
     tier_bits,
     tier_row,
     tier_start,
@@ -61,11 +60,6 @@ def _num_pieces(plan, wide):
 
 
 @triton.constexpr_function
-def _piece(plan, wide, i, field):
-    return _pieces(plan, wide)[i][field]
-
-
-@triton.constexpr_function
 def _widths(plan, wide):
     """Of the pieces side by side: elements of 16-bit tiers, words of two unpacked codes else."""
     return [n if wide else max(1, n // 4) * 16 // tier_bits(plan, t) for t, _, _, n in _pieces(plan, wide)]
@@ -89,11 +83,6 @@ def _merges(plan, wide):
 @triton.constexpr_function
 def _num_merges(plan, wide):
     return len(_merges(plan, wide))
-
-
-@triton.constexpr_function
-def _merge(plan, wide, i, side):
-    return _merges(plan, wide)[i][side]
 
 
 @triton.constexpr_function
@@ -121,11 +110,11 @@ def _tile_of(parts, PLAN: tl.constexpr, WIDE_ONES: tl.constexpr):
     """Pieces [R, width] side by side, as _merges says, in runs of 16 bytes where they are keys or values."""
     RUN: tl.constexpr = 8 if WIDE_ONES else 4
     for i in tl.static_range(_num_merges(PLAN, WIDE_ONES)):
-        left = parts[_merge(PLAN, WIDE_ONES, i, 0)]
-        if _merge(PLAN, WIDE_ONES, i, 1) < 0:
+        left = parts[_merges(PLAN, WIDE_ONES)[i][0]]
+        if _merges(PLAN, WIDE_ONES)[i][1] < 0:
             parts = parts + (_beside(left, tl.zeros_like(left), RUN),)
         else:
-            parts = parts + (_beside(left, parts[_merge(PLAN, WIDE_ONES, i, 1)], RUN),)
+            parts = parts + (_beside(left, parts[_merges(PLAN, WIDE_ONES)[i][1]], RUN),)
     return parts[len(parts) - 1]
 
 
@@ -138,8 +127,8 @@ def _alternating(low, high):
 @triton.jit
 def _piece_dims(HALF: tl.constexpr, PLAN: tl.constexpr, WIDE_ONES: tl.constexpr, i: tl.constexpr):
     """Latent dimensions [1, width] of a piece, of words those of their lower (HALF 0) or upper codes, plus one; 0: padding."""
-    t: tl.constexpr = _piece(PLAN, WIDE_ONES, i, 0)
-    first: tl.constexpr = chunk_col(PLAN, t, _piece(PLAN, WIDE_ONES, i, 1)) + _piece(PLAN, WIDE_ONES, i, 2)
+    t: tl.constexpr = _pieces(PLAN, WIDE_ONES)[i][0]
+    first: tl.constexpr = chunk_col(PLAN, t, _pieces(PLAN, WIDE_ONES)[i][1]) + _pieces(PLAN, WIDE_ONES)[i][2]
     NBITS: tl.constexpr = tier_bits(PLAN, t)
     column = tl.arange(0, _widths(PLAN, WIDE_ONES)[i])[None, :]
     if WIDE_ONES:
@@ -149,7 +138,7 @@ def _piece_dims(HALF: tl.constexpr, PLAN: tl.constexpr, WIDE_ONES: tl.constexpr,
         bit = column % WORDS * NBITS + 16 * HALF
         byte, part = column // WORDS * 4 + bit // 8, bit % 8 // NBITS
         return tl.where(
-            byte < _piece(PLAN, WIDE_ONES, i, 3), tier_start(PLAN, t) + part * tier_row(PLAN, t) + first + byte + 1, 0
+            byte < _pieces(PLAN, WIDE_ONES)[i][3], tier_start(PLAN, t) + part * tier_row(PLAN, t) + first + byte + 1, 0
         )
 
 
@@ -199,7 +188,7 @@ def fits(k_plan, v_plan):
 @triton.jit
 def through_memory(x, row_ptrs, row_ok):
     """x [M, columns] of 16 bits, stored and loaded again: the compiler lets the tensor cores read what is loaded from shared
-    memory, and holds what is computed in registers, of which a third program then finds too few on a multiprocessor."""
+    memory; what is computed it would copy to registers in every tile."""
     ptrs = row_ptrs.to(tl.pointer_type(x.dtype))[:, None] + tl.arange(0, x.shape[1])[None, :]
     tl.store(ptrs, x, mask=row_ok[:, None])
     tl.debug_barrier()
@@ -207,30 +196,17 @@ def through_memory(x, row_ptrs, row_ok):
 
 
 @triton.jit
-def load_scale_bytes(page, place, PLAN: tl.constexpr):
-    """Scale bytes of every tier, a tile ahead of their use."""
-    codes = ()
-    for t in tl.static_range(num_tiers(PLAN)):
-        if tier_bits(PLAN, t) == 16:
-            codes = codes + (0,)
-        else:
-            code = tl.load(page + (scale_offset(PLAN, t) + place))
-            codes = codes + (code,)
-    return codes
-
-
-@triton.jit
 def _piece_ptrs(page, place, PLAN: tl.constexpr, WIDE_ONES: tl.constexpr, i: tl.constexpr, TYPE: tl.constexpr):
     """Pointers [TILE, elements] to a piece of tokens ``place``, as elements of TYPE; page: one pointer, or one for each."""
-    t: tl.constexpr = _piece(PLAN, WIDE_ONES, i, 0)
-    c: tl.constexpr = _piece(PLAN, WIDE_ONES, i, 1)
+    t: tl.constexpr = _pieces(PLAN, WIDE_ONES)[i][0]
+    c: tl.constexpr = _pieces(PLAN, WIDE_ONES)[i][1]
     BYTES: tl.constexpr = TYPE.primitive_bitwidth // 8
     STORED: tl.constexpr = 2 if WIDE_ONES else 1
-    start: tl.constexpr = (block_size_of(PLAN, t) * chunk_col(PLAN, t, c) + _piece(PLAN, WIDE_ONES, i, 2)) * STORED
+    start: tl.constexpr = (block_size_of(PLAN, t) * chunk_col(PLAN, t, c) + _pieces(PLAN, WIDE_ONES)[i][2]) * STORED
     plane = (page + (codes_offset(PLAN, t) + start)).to(tl.pointer_type(TYPE))
     if len(page.shape) == 1:
         plane = plane[:, None]
-    col = tl.arange(0, _piece(PLAN, WIDE_ONES, i, 3) * STORED // BYTES)
+    col = tl.arange(0, _pieces(PLAN, WIDE_ONES)[i][3] * STORED // BYTES)
     return plane + (unit_of(place, PLAN, t, c)[:, None] * (chunk_width(PLAN, t, c) * STORED // BYTES) + col[None, :])
 
 
@@ -249,7 +225,7 @@ def code_tile(page, place, codes, PLAN: tl.constexpr):
     """Codes unpacked times their scales, [TILE, columns] fp16 in units of UNIT: finite, whatever the bytes."""
     parts = ()
     for i in tl.static_range(_num_pieces(PLAN, False)):
-        parts = parts + (_unpacked_piece(page, place, codes[_piece(PLAN, False, i, 0)], PLAN, i),)
+        parts = parts + (_unpacked_piece(page, place, codes[_pieces(PLAN, False)[i][0]], PLAN, i),)
     words = _tile_of(parts, PLAN, False)
     low, high = words.to(tl.int16), (words >> 16).to(tl.int16)
     return _alternating(low.to(tl.float16, bitcast=True), high.to(tl.float16, bitcast=True))
@@ -257,8 +233,8 @@ def code_tile(page, place, codes, PLAN: tl.constexpr):
 
 @triton.jit
 def _unpacked_piece(page, place, scale_code, PLAN: tl.constexpr, i: tl.constexpr):
-    t: tl.constexpr = _piece(PLAN, False, i, 0)
-    if _piece(PLAN, False, i, 3) == 2:  # the last bytes of a row
+    t: tl.constexpr = _pieces(PLAN, False)[i][0]
+    if _pieces(PLAN, False)[i][3] == 2:  # the last bytes of a row
         words = tl.load(_piece_ptrs(page, place, PLAN, False, i, tl.int16)).to(tl.int32)
     else:
         words = tl.load(_piece_ptrs(page, place, PLAN, False, i, tl.int32))

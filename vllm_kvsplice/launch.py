@@ -37,7 +37,7 @@ class LaunchParameters(_Strict):
     num_stages: int = Field(ge=1, le=8)
     maxnreg: int | None = Field(ge=32, le=255)
     programs: int = Field(ge=1, le=64)
-    rows: Literal[64, 128] | None = None  # absent from files that were made before there was a choice
+    rows: Literal[64] | None = None  # absent from files that were made before there was a choice
 
 
 class Entry(_Strict):
@@ -113,7 +113,8 @@ def _tuned(layout: LatentLayout, columns: int, device: torch.device) -> Launch |
 
 def many_columns(layout: LatentLayout, columns: int, device: torch.device) -> Launch | None:
     """The default of steps of several tokens a request on Hopper, elsewhere and of others None."""
-    return rows_launch(columns, layout.rank("k") + layout.rank("v"), device)
+    narrow = all(any(0 < tier.bits < 8 for tier in side) for side in (layout.k, layout.v))
+    return rows_launch(columns, layout.rank("k") + layout.rank("v"), narrow, device)
 
 
 @lru_cache(maxsize=8)

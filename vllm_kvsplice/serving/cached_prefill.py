@@ -39,7 +39,8 @@ LATENT_TOKENS = (
     1024  # above so many tokens a step is expanded in any case: bounds what the latent kernel's scratch takes
 )
 # Few rows leave the GPU empty, and their longest run of keys is what the latent kernel waits for: 1.86 ms for 32768 keys in
-# one split on an H200, queries as columns (as rows it is not fitted anew). Expanding them takes the time of the bytes above, and a piece some 80 us on the host and in FlashAttention.
+# one split on an H200, queries as columns (as rows it is not fitted anew). Expanding them takes the time of the bytes above, and
+# a piece some 80 us on the host and in FlashAttention.
 KEY_US, EXPANDED_KEY_US, PIECE_US = 1856 / 32768, 0.29e-3, 80.0
 PREFILL_SPLITS = (32, 8)  # of the keys, of few prefill tokens: each is variants of reduce_expand to compile
 PREFILL_PROGRAMS = 4  # of the latent kernel on a multiprocessor, where its launch is not one that counts them

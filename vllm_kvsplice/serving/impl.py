@@ -142,9 +142,8 @@ class KVSpliceImpl(AttentionImpl[KVSpliceMetadata]):
         tokens = start + (prefills.num_tokens if prefills is not None else 0)  # rows past them are padding
         if not self.kv_sharing_target_layer_name:
             written = (key, value, slots[:tokens])
-            if (
-                start and prefills is not None
-            ):  # else whoever attends stores them, where it can in a launch that it has anyway
+            # Who attends stores them, where it can in a launch that it has anyway; of two, neither has them all to itself.
+            if start and prefills is not None:
                 self.path.write(codec, tensors, *written[:2], kv_cache, slots[:tokens], decodes.shared)
                 written = None
         if start:

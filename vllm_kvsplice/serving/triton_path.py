@@ -90,14 +90,10 @@ def decode(
     ``written``: the step's keys and values, stored in the launch that projects the queries; None if they are already.
     The split count depends on host numbers that are fixed when a CUDA graph is captured.
     """
-    kind = "decode", codec, *like(query, kv_cache, out, *(written or ()))
-
-    def bind() -> BoundCodes:
-        splits = num_splits(codec, requests.num_reqs, requests.max_query_len, requests.max_seq_len, query.device)
-        longest = requests.max_query_len
-        return _bind_codes(codec, tensors, query, written, kv_cache, requests, out, splits, False, longest)
-
-    _attend_codes(once(requests.shared, kind, bind), tensors, query, written, kv_cache, requests, out)
+    reqs, longest, device = requests.num_reqs, requests.max_query_len, query.device
+    kind = "decode splits", codec, device
+    splits = once(requests.shared, kind, lambda: num_splits(codec, reqs, longest, requests.max_seq_len, device))
+    attend_codes(codec, tensors, query, written, kv_cache, requests, out, splits, False, longest)
 
 
 def prefill(
@@ -235,25 +231,16 @@ def attend_codes(
     skip_first_chunks: bool,
     longest: int,
 ) -> None:
-    """The latent kernel over rows of no decode step; ``longest``: upper bound of the requests' query tokens."""
-    kind = "codes", codec, splits, skip_first_chunks, *like(query, kv_cache, out, *(written or ()))
-
-    def bind() -> BoundCodes:
-        return _bind_codes(codec, tensors, query, written, kv_cache, requests, out, splits, skip_first_chunks, longest)
-
-    _attend_codes(once(requests.shared, kind, bind), tensors, query, written, kv_cache, requests, out)
-
-
-def _attend_codes(
-    bound: BoundCodes,
-    tensors: Tensors,
-    query: Tensor,
-    written: Written | None,
-    kv_cache: Tensor,
-    requests: Requests,
-    out: Tensor,
-) -> None:
-    write_and_project, attention = bound
+    """The latent kernel, ``written`` stored first; ``longest``: upper bound of the requests' query tokens, by which the decodes
+    and the prefills of a step differ."""
+    kind = "codes", codec, splits, skip_first_chunks, longest, *like(query, kv_cache, out, *(written or ()))
+    write_and_project, attention = once(
+        requests.shared,
+        kind,
+        lambda: _bind_codes(
+            codec, tensors, query, written, kv_cache, requests, out, splits, skip_first_chunks, longest
+        ),
+    )
     if written is not None and write_and_project is not None:
         key, value, slots = written
         write_and_project(query, key, value, kv_cache, slots, *tensors.prepared[:6], *attention.work[:2])
