@@ -15,7 +15,7 @@ from vllm_kvsplice.bench.kernels_data import Shape
 from vllm_kvsplice.bench.kernels_layouts import FileLayout, named_layouts
 from vllm_kvsplice.bench.kernels_request import KernelsRequest
 from vllm_kvsplice.calibration.presets import resolve
-from vllm_kvsplice.codec.layout import LatentLayout
+from vllm_kvsplice.codec.layout import PREFERRED_BLOCK_SIZE, LatentLayout
 from vllm_kvsplice.errors import KVSpliceError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 OURS = "kvsplice"
 BASELINE = ("flash-attention-3", "bf16")
-VLLM_BLOCK_SIZE = 16
+VLLM_BLOCK_SIZE = 16  # of peers; ours write and prefill into pages of PREFERRED_BLOCK_SIZE, as they are served
 # Peers: (kernel, preset) -> block sizes for decode. FlashAttention-3 also with the pages that suit it best: the baseline.
 DECODE_PEERS = {
     BASELINE: (16, 128),
@@ -140,17 +140,17 @@ def _split_counts(
 
 def _write_jobs(request: KernelsRequest, ours: Layouts, heads: tuple[int, int]) -> Iterator[Job]:
     for tokens in request.write_tokens:
-        sizes = heads, request.head_dim, 1, tokens, tokens, VLLM_BLOCK_SIZE
+        sizes = heads, request.head_dim, 1, tokens, tokens
         for kernel, preset in _chosen(request, WRITE_PEERS):
-            yield Job("write", kernel, preset, *sizes)
+            yield Job("write", kernel, preset, *sizes, VLLM_BLOCK_SIZE)
         for preset, of_file in ours:
-            yield Job("write", OURS, preset, *sizes, of_file=of_file)
+            yield Job("write", OURS, preset, *sizes, PREFERRED_BLOCK_SIZE, of_file=of_file)
 
 
 def _prefill_jobs(request: KernelsRequest, ours: Layouts, heads: tuple[int, int]) -> Iterator[Job]:
     for batch, query_len, cached in request.chunks:
-        sizes = heads, request.head_dim, batch, cached + query_len, query_len, VLLM_BLOCK_SIZE
+        sizes = heads, request.head_dim, batch, cached + query_len, query_len
         for kernel, preset in _chosen(request, PREFILL_PEERS):
-            yield Job("prefill", kernel, preset, *sizes)
+            yield Job("prefill", kernel, preset, *sizes, VLLM_BLOCK_SIZE)
         for preset, of_file in ours:
-            yield Job("prefill", OURS, preset, *sizes, of_file=of_file)
+            yield Job("prefill", OURS, preset, *sizes, PREFERRED_BLOCK_SIZE, of_file=of_file)

@@ -154,8 +154,9 @@ def _added(earlier: LaunchFile, result: dict[str, Any]) -> dict[str, Any]:
 def _groups(request: LaunchRequest) -> dict[Key, list[Job]]:
     """The points of every entry; its preset is the first of that layout."""
     from kvsplice_kernels.decode import query_tile
-    from vllm_kvsplice.bench.kernels_jobs import OURS, VLLM_BLOCK_SIZE, Job
+    from vllm_kvsplice.bench.kernels_jobs import OURS, Job
     from vllm_kvsplice.calibration.presets import resolve
+    from vllm_kvsplice.codec.layout import PREFERRED_BLOCK_SIZE
 
     found: dict[Key, dict[object, Job]] = defaultdict(dict)
     for head_dim in request.head_dims:
@@ -164,7 +165,7 @@ def _groups(request: LaunchRequest) -> dict[Key, list[Job]]:
             for heads, query_len in product(request.heads, request.query_lens):
                 key = head_dim, query_tile(heads[0] // heads[1], query_len)[1], layout
                 for batch, context in request.shapes:
-                    job = Job("decode", OURS, preset, heads, head_dim, batch, context, query_len, VLLM_BLOCK_SIZE)
+                    job = Job("decode", OURS, preset, heads, head_dim, batch, context, query_len, PREFERRED_BLOCK_SIZE)
                     found[key].setdefault((heads, batch, context, query_len), job)
     return {key: list(jobs.values()) for key, jobs in found.items()}
 

@@ -29,6 +29,9 @@ Side = Literal["k", "v"]
 SIDES: tuple[Side, Side] = ("k", "v")
 BIT_WIDTHS = (16, 8, 4, 2, 0)
 BLOCK_MULTIPLE = 16  # tokens: puts every plane on 16 bytes, whatever the bytes per token
+# Tokens of a page unless the server is told otherwise. With vLLM's 16 the attention of a long decode step takes 6 % longer
+# (docs/results/kernels-h200.json).
+PREFERRED_BLOCK_SIZE = 64
 TIER_MULTIPLE = 8  # dimensions: whole 16-bit words for 2-bit codes
 MAX_HEAD_DIM = 512
 

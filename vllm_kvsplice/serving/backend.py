@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from vllm_kvsplice.codec.layout import BLOCK_MULTIPLE, MAX_HEAD_DIM, TIER_MULTIPLE
+from vllm_kvsplice.codec.layout import BLOCK_MULTIPLE, MAX_HEAD_DIM, PREFERRED_BLOCK_SIZE, TIER_MULTIPLE
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.serving.registration import NAME
 from vllm_kvsplice.serving.vllm_compat import (
@@ -21,9 +21,6 @@ from vllm_kvsplice.serving.vllm_compat import (
     SlidingWindowSpec,
     get_current_vllm_config_or_none,
 )
-
-# Tokens. With vLLM's 16 the attention of a long decode step takes 6 % longer (docs/results/kernels-h200.json).
-PREFERRED_BLOCK_SIZE = 64
 
 
 class KVSpliceBackend(AttentionBackend):
