@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kvsplice_kernels.decode import TILE, bind_decode
+from kvsplice_kernels.decode import TILE, bind_decode, latent_ranks
 from kvsplice_kernels.dispatch import Bound, launcher
 from kvsplice_kernels.encode import Prepared
 from kvsplice_kernels.launch import PROGRAMS, Launch
-from kvsplice_kernels.plan import Plan, rank_of
+from kvsplice_kernels.plan import Plan
 from kvsplice_kernels.project_query import bind_project
 from kvsplice_kernels.reduce_expand import bind_reduce
 
@@ -37,6 +37,7 @@ class BoundAttention(NamedTuple):
     decode: Bound
     reduce: Bound
     work: Workspace
+    rows: bool  # queries are rows: prepared's columns are read
 
     def __call__(
         self,
@@ -49,10 +50,11 @@ class BoundAttention(NamedTuple):
         out: Tensor,
     ) -> None:
         q_latent, q_bias, latent, lse = self.work
+        k_decode, v_decode = prepared.decodes(self.rows)
         if self.project is not None:
-            self.project(query, prepared.k_decode, prepared.k_mean, q_latent, q_bias)
+            self.project(query, k_decode, prepared.k_mean, q_latent, q_bias)
         self.decode(q_latent, q_bias, kv_cache, block_table, seq_lens, query_start_loc, latent, lse)
-        self.reduce(latent, lse, prepared.v_decode, prepared.v_mean, seq_lens, query_start_loc, out)
+        self.reduce(latent, lse, v_decode, prepared.v_mean, seq_lens, query_start_loc, out)
 
 
 def workspace_shapes(
@@ -99,7 +101,7 @@ def bind_attention(
     Args:
         query: [T, num_heads, head_dim], requests one after another as ``query_start_loc`` [B + 1] int32 says.
         kv_cache: [num_blocks, H, block_size, C] uint8. k_plan, v_plan: LatentLayout.plan("k" | "v", block_size).
-        prepared: the bases, of encode.prepare.
+        prepared: the bases, of encode.prepare, and of row_operands.in_columns where ``launch`` has queries as rows.
         block_table: [B, max_blocks] int32. seq_lens: [B] int32, new tokens included.
         out: [>= T, num_heads, head_dim]. Rows that see no key become 0; rows of no request are not written.
         max_query_len: upper bound of the requests' query tokens. num_splits: splits of the keys, see choose_num_splits.
@@ -116,20 +118,23 @@ def bind_attention(
     """
     num_tokens, num_heads, _ = query.shape
     if workspace is None:
-        shapes = workspace_shapes(num_tokens, num_heads, rank_of(k_plan), rank_of(v_plan), num_splits)
+        shapes = workspace_shapes(num_tokens, num_heads, *latent_ranks(k_plan, v_plan, launch), num_splits)
         workspace = Workspace(*(torch.empty(s, dtype=torch.float32, device=query.device) for s in shapes))
     q_latent, q_bias, latent, lse = workspace
+    rows = launch is not None and launch.rows is not None
+    k_decode, v_decode = prepared.decodes(rows)
     bound = BoundAttention(
-        None if projected else bind_project(query, prepared.k_decode, prepared.k_mean, q_latent, q_bias)[0],
+        None if projected else bind_project(query, k_decode, prepared.k_mean, q_latent, q_bias)[0],
         bind_decode(
             q_latent, q_bias, kv_cache, k_plan, v_plan, block_table, seq_lens, query_start_loc, latent, lse, scale,
             max_query_len, sliding_window, soft_cap, wide_dtype, skip_first_chunks, launch,
         )[0],
         bind_reduce(
-            latent, lse, prepared.v_decode, prepared.v_mean, seq_lens, query_start_loc, out, max_query_len,
+            latent, lse, v_decode, prepared.v_mean, seq_lens, query_start_loc, out, max_query_len,
             skip_first_chunks,
         )[0],
         workspace,
+        rows,
     )  # fmt: skip
     return bound, (query, kv_cache, prepared, block_table, seq_lens, query_start_loc, out)
 

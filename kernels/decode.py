@@ -39,6 +39,7 @@ from kvsplice_kernels.packing import floor_power_of_two, inverse_power_of_two, p
 from kvsplice_kernels.pdl import launch_dependents, pdl_options, wait
 from kvsplice_kernels.plan import Plan, rank_of
 from kvsplice_kernels.query_tiles import check_requests, find_tile, num_query_tiles, request_lens
+from kvsplice_kernels.row_operands import column_order
 
 TILE, ROWS_TILE = 32, 64  # tokens of a key tile; where queries are the rows
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -235,6 +236,13 @@ def launched_tile(group: int, max_query_len: int, launch: Launch | None) -> tupl
     return tokens, max(launch.rows, next_power_of_2(tokens * group))
 
 
+def latent_ranks(k_plan: Plan, v_plan: Plan, launch: Launch | None) -> tuple[int, int]:
+    """k_rank of q_latent and v_rank of latent: with queries as rows the columns of their operands, padding counted."""
+    if launch is None or launch.rows is None:
+        return rank_of(k_plan), rank_of(v_plan)
+    return len(column_order(k_plan)), len(column_order(v_plan))
+
+
 def bind_decode(
     q_latent: Tensor,
     q_bias: Tensor,
@@ -262,7 +270,7 @@ def bind_decode(
     ``max_query_len`` and the split count alone, so that it can be captured in a CUDA graph.
 
     Args:
-        q_latent: [T, num_heads, k_rank], q_bias: [T, num_heads], fp32, of project_query.
+        q_latent: [T, num_heads, k_rank], see latent_ranks, q_bias: [T, num_heads], fp32, of project_query.
         kv_cache: [num_blocks, H, block_size, C] uint8. k_plan, v_plan: LatentLayout.plan("k" | "v", block_size).
         block_table: [B, max_blocks] int32. seq_lens: [B] int32, new tokens included. query_start_loc: [B + 1] int32.
         latent: [T, num_heads, num_splits, v_rank] fp32. lse: [T, num_heads, num_splits] fp32, natural log.
@@ -274,11 +282,12 @@ def bind_decode(
     Raises:
         ValueError: a tensor has the wrong dtype, shape or strides.
     """
-    T, num_heads, k_rank = q_latent.shape
-    H, block_size, num_splits, v_rank = kv_cache.shape[1], kv_cache.shape[2], lse.shape[-1], rank_of(v_plan)
+    T, num_heads, _ = q_latent.shape
+    H, block_size, num_splits = kv_cache.shape[1], kv_cache.shape[2], lse.shape[-1]
     check_cache(kv_cache, (k_plan, v_plan))
     num_reqs = check_requests(block_table, seq_lens, query_start_loc)
-    check_dense("q_latent", q_latent, (T, num_heads, rank_of(k_plan)))
+    k_rank, v_rank = latent_ranks(k_plan, v_plan, launch)
+    check_dense("q_latent", q_latent, (T, num_heads, k_rank))
     check_dense("q_bias", q_bias, (T, num_heads))
     check_dense("latent", latent, (T, num_heads, num_splits, v_rank))
     check_dense("lse", lse, (T, num_heads, num_splits))

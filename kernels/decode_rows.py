@@ -15,7 +15,6 @@ from kvsplice_kernels.packing import dot, load_block, load_scale_bytes, page_of,
 from kvsplice_kernels.row_operands import (
     UNIT,
     code_tile,
-    dims_of,
     fits,
     load_query_rows,
     num_columns,
@@ -58,10 +57,10 @@ def _add_values(acc, acc_wide, alpha, p, page, place, valid, codes, PLAN: tl.con
 
 
 @triton.jit
-def _store_latent(latent_ptrs, row_ok, acc, factor, PLAN: tl.constexpr, WIDE_ONES: tl.constexpr):
-    if num_columns(PLAN, WIDE_ONES) > 0:
-        dims = dims_of(PLAN, WIDE_ONES)
-        tl.store(latent_ptrs[:, None] + (dims - 1), acc * factor[:, None], mask=row_ok[:, None] & (dims > 0))
+def _store_columns(latent_ptrs, row_ok, acc, factor, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    if COUNT > 0:
+        ptrs = latent_ptrs[:, None] + (FIRST + tl.arange(0, COUNT))[None, :]
+        tl.store(ptrs, acc * factor[:, None], mask=row_ok[:, None])
 
 
 @triton.jit
@@ -136,5 +135,6 @@ def attend_rows(
         lse += bias * scale
     tl.store(lse_ptrs, tl.where(any_seen, lse, float("-inf")), mask=row_ok)
     inverse_sum = tl.where(any_seen, 1.0 / safe_sum, 0.0)
-    _store_latent(latent_ptrs, row_ok, acc, inverse_sum * UNIT, V_PLAN, False)
-    _store_latent(latent_ptrs, row_ok, acc_wide, inverse_sum, V_PLAN, True)
+    CODES: tl.constexpr = num_columns(V_PLAN, False)
+    _store_columns(latent_ptrs, row_ok, acc, inverse_sum * UNIT, 0, CODES)
+    _store_columns(latent_ptrs, row_ok, acc_wide, inverse_sum, CODES, num_columns(V_PLAN, True))

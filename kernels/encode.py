@@ -22,6 +22,17 @@ class Prepared(NamedTuple):
     k_mean: Tensor  # [H, head_dim] fp32
     v_decode: Tensor  # [H, 2, head_dim, v_rank] bf16
     v_mean: Tensor  # [H, head_dim] fp32
+    # The same planes of k_decode and v_decode in the order of columns that launches with queries as rows have, see
+    # row_operands.in_columns, which makes them.
+    k_columns: Tensor | None = None  # [H, 2, columns, head_dim] bf16
+    v_columns: Tensor | None = None  # [H, 2, head_dim, columns] bf16
+
+    def decodes(self, rows: bool) -> tuple[Tensor, Tensor]:
+        """Planes of K and V for a launch with queries as ``rows``, or without; raises ValueError where they were not made."""
+        k, v = (self.k_columns, self.v_columns) if rows else (self.k_decode, self.v_decode)
+        if k is None or v is None:
+            raise ValueError("prepared: expected bases of row_operands.in_columns for a launch with queries as rows")
+        return k, v
 
 
 def split(matrix: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operands of decode_rows: queries, and a tile of keys or values unpacked as one, in an order of columns that costs nothing.
 
-In: q_latent, pages of codes, plans. Out: [rows, columns] tiles of fp16, and of the model's floats for 16-bit tiers. A side
-has one tile of all its codes: a dot, a barrier and a fence for every chunk of them cost more than the chunks, and dots of
+In: q_latent, pages of codes, plans. Out: [rows, columns] tiles of fp16, and of the model's floats for 16-bit tiers; the bases in
+that order of columns, so that queries come and latents go in it (in_columns). A side has one tile of all its codes: a dot, a barrier and a fence for every chunk of them cost more than the chunks, and dots of
 several widths came out wrong (Triton 3.6, sm_90). Codes are loaded and unpacked in words of four bytes.
 
 An unpacked latent is exact under scales from 2**-15 on: a code of 8 bits times a scale of 4 has 11, fp16's significand, and in
@@ -10,9 +10,13 @@ units of UNIT the greatest scale's products are below 65504. Smaller scales, of 
 are rounded to multiples of 2**-19, of which decode knows nothing. Queries are fp16 in units of a power of two.
 """
 
+from functools import lru_cache
+
+import torch
 import triton
 import triton.language as tl
 
+from kvsplice_kernels.encode import Prepared
 from kvsplice_kernels.packing import (
     INTERPRETED,
     floor_power_of_two,
@@ -23,6 +27,7 @@ from kvsplice_kernels.packing import (
 )
 from kvsplice_kernels.plan import (
     MIN_DOT,
+    Plan,
     block_size_of,
     chunk_col,
     chunk_width,
@@ -94,13 +99,18 @@ def num_columns(plan, wide):
     return (widths[-1] if wide else 2 * widths[-1]) if widths else 0
 
 
+@triton.constexpr_function
+def _run(width, most):
+    return width if width >= 8 * most else min(most, max(1, width // 4))
+
+
 @triton.jit
 def _beside(a, b, MOST: tl.constexpr):
     """Columns of both, in alternating runs, of MOST at most, that stay whole in a thread: nothing moves. From 128 bytes on, a
     row of shared memory, one after the other: then the two threads of a token store to different banks."""
     R: tl.constexpr = a.shape[0]
     W: tl.constexpr = a.shape[1]
-    RUN: tl.constexpr = W if W >= 8 * MOST else min(MOST, max(1, W // 4))
+    RUN: tl.constexpr = _run(W, MOST)
     joined = tl.join(tl.reshape(a, [R, W // RUN, RUN]), tl.reshape(b, [R, W // RUN, RUN]))
     return tl.reshape(tl.permute(joined, (0, 1, 3, 2)), [R, 2 * W])
 
@@ -124,48 +134,58 @@ def _alternating(low, high):
     return tl.reshape(tl.join(low, high), [low.shape[0], 2 * low.shape[1]])
 
 
-@triton.jit
-def _piece_dims(HALF: tl.constexpr, PLAN: tl.constexpr, WIDE_ONES: tl.constexpr, i: tl.constexpr):
-    """Latent dimensions [1, width] of a piece, of words those of their lower (HALF 0) or upper codes, plus one; 0: padding."""
-    t: tl.constexpr = _pieces(PLAN, WIDE_ONES)[i][0]
-    first: tl.constexpr = chunk_col(PLAN, t, _pieces(PLAN, WIDE_ONES)[i][1]) + _pieces(PLAN, WIDE_ONES)[i][2]
-    NBITS: tl.constexpr = tier_bits(PLAN, t)
-    column = tl.arange(0, _widths(PLAN, WIDE_ONES)[i])[None, :]
-    if WIDE_ONES:
-        return tier_start(PLAN, t) + first + column + 1
-    else:
-        WORDS: tl.constexpr = 16 // NBITS  # unpacked, of one that is loaded: see _words_asm
-        bit = column % WORDS * NBITS + 16 * HALF
-        byte, part = column // WORDS * 4 + bit // 8, bit % 8 // NBITS
-        return tl.where(
-            byte < _pieces(PLAN, WIDE_ONES)[i][3], tier_start(PLAN, t) + part * tier_row(PLAN, t) + first + byte + 1, 0
-        )
+@lru_cache(maxsize=256)
+def column_order(plan: Plan) -> tuple[int, ...]:
+    """Latent dimensions of the columns of a side, those of its codes and then of its 16-bit tiers; -1: padding."""
+    return *_order(plan, False), *_order(plan, True)
 
 
-@triton.jit
-def _half_dims(HALF: tl.constexpr, PLAN: tl.constexpr, WIDE_ONES: tl.constexpr):
-    parts = ()
-    for i in tl.static_range(_num_pieces(PLAN, WIDE_ONES)):
-        parts = parts + (_piece_dims(HALF, PLAN, WIDE_ONES, i),)
-    return _tile_of(parts, PLAN, WIDE_ONES)
+def _order(plan: Plan, wide: bool) -> list[int]:
+    """What _tile_of and code_tile do, of dimensions instead of numbers."""
+    halves = [_merged(plan, wide, half) for half in ((0,) if wide else (0, 1))]
+    return [d for column in zip(*halves, strict=True) for d in column]
 
 
-@triton.jit
-def dims_of(PLAN: tl.constexpr, WIDE_ONES: tl.constexpr):
-    """Latent dimensions [1, columns] of a tile, plus one; 0 where a column is padding."""
-    if WIDE_ONES:
-        return _half_dims(0, PLAN, WIDE_ONES)
-    else:
-        return _alternating(_half_dims(0, PLAN, WIDE_ONES), _half_dims(1, PLAN, WIDE_ONES))
+def _merged(plan: Plan, wide: bool, half: int) -> list[int]:
+    parts = [_piece_dims(plan, wide, i, half) for i in range(_num_pieces(plan, wide))]
+    for left, right in _merges(plan, wide):
+        a, b = parts[left], parts[right] if right >= 0 else [-1] * len(parts[left])
+        run = _run(len(a), 8 if wide else 4)
+        parts.append([d for i in range(0, len(a), run) for d in a[i : i + run] + b[i : i + run]])
+    return parts[-1] if parts else []
+
+
+def _piece_dims(plan: Plan, wide: bool, i: int, half: int) -> list[int]:
+    """Of a piece's columns; of words those of their lower (half 0) or upper codes."""
+    t, c, first, elements = _pieces(plan, wide)[i]
+    start = tier_start(plan, t) + chunk_col(plan, t, c) + first
+    if wide:
+        return [start + column for column in range(elements)]
+    bits, dims = tier_bits(plan, t), []
+    for column in range(_widths(plan, wide)[i]):
+        word, code = divmod(column, 16 // bits)  # unpacked words of one that is loaded: see _words_asm
+        bit = code * bits + 16 * half
+        byte, part = word * 4 + bit // 8, bit % 8 // bits
+        dims.append(start + part * tier_row(plan, t) + byte if byte < elements else -1)
+    return dims
+
+
+def in_columns(prepared: Prepared, k_plan: Plan, v_plan: Plan) -> Prepared:
+    """A layer's bases for launches with queries as rows: project_query makes the columns of K, and reduce_expand takes those of V, in the
+    order that decode_rows has them in. Columns of padding are zeros."""
+    k, v = (torch.tensor(column_order(plan), device=prepared.k_decode.device) for plan in (k_plan, v_plan))
+    k_columns = prepared.k_decode[:, :, k.clamp(min=0)].contiguous()
+    v_columns = prepared.v_decode[:, :, :, v.clamp(min=0)].contiguous()
+    k_columns[:, :, k < 0], v_columns[:, :, :, v < 0] = 0, 0
+    return prepared._replace(k_columns=k_columns, v_columns=v_columns)
 
 
 # ---------------------------------------------------------------- operands
 @triton.jit
-def _load_rows(q_ptrs, row_ok, PLAN: tl.constexpr, WIDE_ONES: tl.constexpr):
-    """Queries [M, columns] of a tile; zeros where there is none."""
-    if num_columns(PLAN, WIDE_ONES) > 0:
-        dims = dims_of(PLAN, WIDE_ONES)
-        return tl.load(q_ptrs[:, None] + (dims - 1), mask=row_ok[:, None] & (dims > 0), other=0.0)
+def _load_columns(q_ptrs, row_ok, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """Queries [M, COUNT] of a tile; zeros where there is none."""
+    if COUNT > 0:
+        return tl.load(q_ptrs[:, None] + (FIRST + tl.arange(0, COUNT))[None, :], mask=row_ok[:, None], other=0.0)
     else:
         return tl.zeros([row_ok.shape[0], 16], tl.float32)
 
@@ -173,7 +193,9 @@ def _load_rows(q_ptrs, row_ok, PLAN: tl.constexpr, WIDE_ONES: tl.constexpr):
 @triton.jit
 def load_query_rows(q_ptrs, row_ok, PLAN: tl.constexpr, WIDE: tl.constexpr):
     """Operands [M, columns] of both tiles, and the power of two [M] that they are in units of."""
-    q, q_wide = _load_rows(q_ptrs, row_ok, PLAN, False), _load_rows(q_ptrs, row_ok, PLAN, True)
+    CODES: tl.constexpr = num_columns(PLAN, False)
+    q = _load_columns(q_ptrs, row_ok, 0, CODES)
+    q_wide = _load_columns(q_ptrs, row_ok, CODES, num_columns(PLAN, True))
     unit = floor_power_of_two(tl.maximum(tl.max(tl.abs(q), 1), tl.max(tl.abs(q_wide), 1)))
     inverse = inverse_power_of_two(unit)[:, None]
     return (q * inverse).to(tl.float16), to_float(q_wide * inverse * (1.0 / UNIT), WIDE), unit  # wide keys are in none
@@ -182,7 +204,9 @@ def load_query_rows(q_ptrs, row_ok, PLAN: tl.constexpr, WIDE: tl.constexpr):
 @triton.constexpr_function
 def fits(k_plan, v_plan):
     """Whether a row of the output's latent, fp32, holds a row of 16-bit queries."""
-    return 2 * (num_columns(k_plan, False) + num_columns(k_plan, True)) <= 4 * sum(tier[1] for tier in v_plan)
+    return 2 * sum(num_columns(k_plan, wide) for wide in (False, True)) <= 4 * sum(
+        num_columns(v_plan, wide) for wide in (False, True)
+    )
 
 
 @triton.jit

@@ -32,9 +32,9 @@ def write_and_project_kernel(
     k_offset_ptr,  # [H, K_RANK] fp32
     v_planes_ptr,
     v_offset_ptr,
-    q_planes_ptr,  # [H, 2, K_RANK, HEAD_DIM] bf16
+    q_planes_ptr,  # [H, 2, Q_RANK, HEAD_DIM] bf16
     k_mean_ptr,  # [H, HEAD_DIM] fp32
-    q_latent_ptr,  # [num_queries, H * GROUP, K_RANK] fp32
+    q_latent_ptr,  # [num_queries, H * GROUP, Q_RANK] fp32
     q_bias_ptr,  # [num_queries, H * GROUP] fp32
     num_tokens, num_queries, num_writes,
     stride_query_t, stride_query_h, stride_key_t, stride_key_h, stride_value_t, stride_value_h,
@@ -42,7 +42,7 @@ def write_and_project_kernel(
     H: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, WIDE: tl.constexpr,
     K_RANK: tl.constexpr, K_PLAN: tl.constexpr, V_RANK: tl.constexpr, V_PLAN: tl.constexpr,
     BLOCK_T: tl.constexpr, WRITE_BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, COLUMNS: tl.constexpr, QUERY_BLOCK_D: tl.constexpr,
+    Q_RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, COLUMNS: tl.constexpr, QUERY_BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -59,7 +59,7 @@ def write_and_project_kernel(
         project_tile(
             query_ptr, q_planes_ptr, k_mean_ptr, q_latent_ptr, q_bias_ptr, num_queries, stride_query_t, stride_query_h,
             program // (COLUMNS * H), program % COLUMNS, program // COLUMNS % H,
-            H, GROUP, HEAD_DIM, K_RANK, BLOCK_M, BLOCK_R, QUERY_BLOCK_D, PDL,
+            H, GROUP, HEAD_DIM, Q_RANK, BLOCK_M, BLOCK_R, QUERY_BLOCK_D, PDL,
         )  # fmt: skip
 
 
@@ -88,6 +88,7 @@ def bind_write_and_project(
     q_latent: Tensor,
     q_bias: Tensor,
     wide_dtype: torch.dtype = torch.bfloat16,
+    rows: bool = False,
 ) -> Binding:
     """``cache_write`` and ``project_query`` in one launch.
 
@@ -99,17 +100,19 @@ def bind_write_and_project(
         prepared: of encode.prepare, for H heads.
         k_plan, v_plan: LatentLayout.plan("k" | "v", block_size). wide_dtype: of 16-bit tiers.
         q_latent: [T, num_heads, k_rank] fp32; q_bias: [T, num_heads] fp32.
+        rows: for a launch with queries as rows, where q_latent has the columns of prepared.k_columns.
     Returns:
         The launch of tensors of these shapes and strides, and these, in the order that it takes.
     Raises:
         ValueError: a tensor has the wrong dtype, shape or strides.
     """
     check_write(key, value, kv_cache, slot_mapping, prepared, k_plan, v_plan)
-    check_query(query, prepared.k_decode, prepared.k_mean, q_latent, q_bias)
+    q_planes, _ = prepared.decodes(rows)
+    check_query(query, q_planes, prepared.k_mean, q_latent, q_bias)
     num_tokens, (H, head_dim) = slot_mapping.shape[0], key.shape[1:]
-    num_queries, group, k_rank = query.shape[0], query.shape[1] // H, rank_of(k_plan)
+    num_queries, group, q_rank = query.shape[0], query.shape[1] // H, q_latent.shape[2]
     write = write_tiles(num_tokens, H, head_dim, (k_plan, v_plan))
-    project = query_tiles(num_queries, group, head_dim, k_rank)
+    project = query_tiles(num_queries, group, head_dim, q_rank)
     num_writes = (len(k_plan) + len(v_plan)) * H * write.tiles
     programs = num_writes + project.columns * H * project.tiles
     bound = Bound(
@@ -117,12 +120,23 @@ def bind_write_and_project(
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         kv_cache.stride(0), kv_cache.stride(1),
         H=H, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=kv_cache.shape[2], WIDE=wide_type(wide_dtype),
-        K_RANK=k_rank, K_PLAN=k_plan, V_RANK=rank_of(v_plan), V_PLAN=v_plan,
+        K_RANK=rank_of(k_plan), K_PLAN=k_plan, V_RANK=rank_of(v_plan), V_PLAN=v_plan,
         BLOCK_T=write.block_t, WRITE_BLOCK_D=write.block_d,
-        BLOCK_M=project.block_m, BLOCK_R=project.block_r, COLUMNS=project.columns, QUERY_BLOCK_D=project.block_d,
+        Q_RANK=q_rank, BLOCK_M=project.block_m, BLOCK_R=project.block_r, COLUMNS=project.columns, QUERY_BLOCK_D=project.block_d,
         num_warps=NUM_WARPS, num_stages=1, **pdl_options(key.device),
     )  # fmt: skip
-    return bound, (query, key, value, kv_cache, slot_mapping, *prepared[:6], q_latent, q_bias)
+    return bound, (
+        query,
+        key,
+        value,
+        kv_cache,
+        slot_mapping,
+        *prepared[:4],
+        q_planes,
+        prepared.k_mean,
+        q_latent,
+        q_bias,
+    )
 
 
 write_and_project = launcher(bind_write_and_project)

@@ -35,7 +35,8 @@ def main() -> None:
     splits = attention.choose_num_splits(
         reqs, H, context, torch.cuda.get_device_properties(0).multi_processor_count, launch
     )
-    shapes = attention.workspace_shapes(reqs * new, NUM_HEADS, HEAD_DIM, HEAD_DIM, splits)
+    ranks = attention.latent_ranks(LAYOUT.plan("k", block_size), LAYOUT.plan("v", block_size), launch)
+    shapes = attention.workspace_shapes(reqs * new, NUM_HEADS, *ranks, splits)
     work = attention.Workspace(*(torch.randn(s, device="cuda") for s in shapes))
     plans = LAYOUT.plan("k", block_size), LAYOUT.plan("v", block_size)
     for _ in range(2):

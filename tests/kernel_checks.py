@@ -22,6 +22,7 @@ from kernel_cases import (
 from torch import Tensor
 
 from kvsplice_kernels.launch import Launch
+from kvsplice_kernels.row_operands import in_columns
 from vllm_kvsplice.codec import reference
 
 
@@ -53,10 +54,9 @@ def run_kernels(
     )  # fmt: skip
 
 
-def poisoned_workspace(batch: Batch) -> attention.Workspace:
-    shapes = attention.workspace_shapes(
-        *batch.query.shape[:2], batch.layout.rank("k"), batch.layout.rank("v"), batch.case.splits
-    )
+def poisoned_workspace(batch: Batch, launch: Launch | None = None) -> attention.Workspace:
+    ranks = attention.latent_ranks(batch.plan("k"), batch.plan("v"), launch)
+    shapes = attention.workspace_shapes(*batch.query.shape[:2], *ranks, batch.case.splits)
     return attention.Workspace(*(torch.full(s, float("nan"), device=batch.query.device) for s in shapes))
 
 
@@ -65,7 +65,7 @@ def check_attention(case: Case, device: str = DEVICE, launch: Launch | None = No
     batch = make_batch(case, device)
     before = batch.storage.clone()
     out = torch.full((batch.query.shape[0] + 3, *batch.query.shape[1:]), float("nan"), device=device)
-    run_kernels(batch, out, poisoned_workspace(batch), launch)
+    run_kernels(batch, out, poisoned_workspace(batch, launch), launch)
     exact, low = run_reference(batch, torch.float64), run_reference(batch, case.low)
     live = torch.zeros(out.shape[0], dtype=torch.bool)
     starts = batch.query_start_loc.tolist()
@@ -104,7 +104,8 @@ def check_written(batch: Batch, fused: bool = False) -> None:
 
 def prepared(batch: Batch) -> encode.Prepared:
     (k_encode, k_decode, k_mean), (v_encode, v_decode, v_mean) = batch.bases["k"], batch.bases["v"]
-    return encode.prepare(k_encode, k_decode, k_mean, v_encode, v_decode, v_mean)
+    natural = encode.prepare(k_encode, k_decode, k_mean, v_encode, v_decode, v_mean)
+    return in_columns(natural, batch.plan("k"), batch.plan("v"))
 
 
 def write(batch: Batch) -> None:

@@ -41,7 +41,7 @@ def one_token_requests(bits: int, scale_bytes: torch.Tensor) -> tuple[Any, torch
 
     def read(side: str) -> torch.Tensor:
         z = reference.read_side(batch.kv_cache, batch.plan(side), blocks, torch.float64, torch.bfloat16)
-        return z.unflatten(1, (len(ones), -1))[0, :, 0]
+        return z.unflatten(1, (len(ones), -1))[0, :, 0][:, list(row_operands.column_order(batch.plan(side)))]
 
     def put(scales: torch.Tensor) -> None:
         pages = batch.kv_cache[blocks, 0].flatten(1)

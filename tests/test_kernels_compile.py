@@ -82,6 +82,7 @@ class NoDevice:
 def launches_of(name: str) -> Iterator[tuple[str, Launch]]:
     """Launches of one case: a cache write, decode steps, speculative tokens, prefill over context, expansion."""
     from kvsplice_kernels import attention, cache_write, encode, expand_cached, fused_expand, write_and_project
+    from kvsplice_kernels.row_operands import in_columns
     from vllm_kvsplice.codec.layout import LatentLayout
 
     head_dim, k, v, wide, group, block_size, soft_cap, window = CASES[name]
@@ -94,7 +95,7 @@ def launches_of(name: str) -> Iterator[tuple[str, Launch]]:
     decode = [torch.empty(H, head_dim, r) for r in ranks]
     table = torch.empty(B, 64, dtype=torch.int32)
     lens, starts = torch.empty(B, dtype=torch.int32), torch.empty(B + 1, dtype=torch.int32)
-    prepared = encode.prepare(planes[0], decode[0], mean, planes[1], decode[1], mean)
+    prepared = in_columns(encode.prepare(planes[0], decode[0], mean, planes[1], decode[1], mean), *plans)
     for T in (B, 1024, 16384):
         x, slots = torch.empty(T, H, head_dim, dtype=wide), torch.empty(T, dtype=torch.int64)
         args = (x, x, cache, slots, prepared, *plans)

@@ -111,6 +111,13 @@ def _tuned(layout: LatentLayout, columns: int, device: torch.device) -> Launch |
     return found or many_columns(layout, columns, device)
 
 
+def has_rows(layout: LatentLayout, device: torch.device) -> bool:
+    """Whether a device decodes any kind of step of a layout with queries as rows."""
+    columns = (8, 16, 32, 64, 128, 256)
+    launches = (_tuned(layout, n, device) for n in columns) if device.type == "cuda" else ()
+    return any(launch is not None and launch.rows is not None for launch in launches)
+
+
 def many_columns(layout: LatentLayout, columns: int, device: torch.device) -> Launch | None:
     """The default of steps of several tokens a request on Hopper, elsewhere and of others None."""
     narrow = all(any(0 < tier.bits < 8 for tier in side) for side in (layout.k, layout.v))

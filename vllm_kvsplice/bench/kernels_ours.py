@@ -29,7 +29,7 @@ from vllm_kvsplice.bench.kernels_data import (
 from vllm_kvsplice.bench.kernels_jobs import Job
 from vllm_kvsplice.bench.kernels_timing import Device
 from vllm_kvsplice.codec import reference
-from vllm_kvsplice.codec.layout import LatentLayout, Side, Tier
+from vllm_kvsplice.codec.layout import PREFERRED_BLOCK_SIZE, LatentLayout, Side, Tier
 
 WIDE = torch.bfloat16
 # Outputs are bf16 (2**-9 = 0.2 %) and dots fp16 or better; a lost tile or a wrong scale costs 4 % and more.
@@ -65,6 +65,7 @@ class Codec:
 def make_codec(layout: LatentLayout, num_kv_heads: int, device: str) -> Codec:
     """Random orthogonal bases with a mean; the identity without one where a side is 16-bit throughout."""
     from kvsplice_kernels.encode import prepare
+    from kvsplice_kernels.row_operands import in_columns
 
     torch.manual_seed(2)
     head_dim = layout.head_dim
@@ -79,6 +80,7 @@ def make_codec(layout: LatentLayout, num_kv_heads: int, device: str) -> Codec:
         tensors += [encode, encode.transpose(1, 2).contiguous(), mean]
     k_encode, k_decode, k_mean, v_encode, v_decode, v_mean = (t.to(device) for t in tensors)
     prepared = prepare(k_encode, k_decode, k_mean, v_encode, v_decode, v_mean)
+    prepared = in_columns(prepared, *(layout.plan(side, PREFERRED_BLOCK_SIZE) for side in sides))
     return Codec(layout, k_encode, k_decode, k_mean, v_encode, v_decode, v_mean, prepared)
 
 
@@ -107,7 +109,7 @@ def decode_calls(data: DecodeData, splits: int, launch: Any) -> list[Call]:
     from kvsplice_kernels import attention
 
     codec, cache, batch, shape, _ = data
-    ranks = codec.layout.rank("k"), codec.layout.rank("v")
+    ranks = attention.latent_ranks(*codec.plans(shape.block_size), launch)
     shapes = attention.workspace_shapes(shape.num_queries, shape.num_heads, *ranks, splits)
     work = attention.Workspace(*(torch.empty(s, dtype=torch.float32, device=cache.device) for s in shapes))
     return [partial(attend, codec, cache, batch, shape, table, splits, work, launch) for table in batch.tables]

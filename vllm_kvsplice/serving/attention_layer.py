@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kvsplice_kernels.encode import Prepared, prepare
-from vllm_kvsplice.codec.layout import SIDES, LatentLayout
+from vllm_kvsplice.codec.layout import BLOCK_MULTIPLE, SIDES, LatentLayout
 from vllm_kvsplice.codec.projector import LayerProjector, Projector, default_layer
 from vllm_kvsplice.errors import KVSpliceError
 from vllm_kvsplice.serving.vllm_compat import attention_layers, is_plain_attention, layer_index
@@ -31,6 +31,8 @@ PREPARED = {
     "k_mean": "k_mean",
     "v_decode": "v_decode_planes",
     "v_mean": "v_mean",
+    "k_columns": "k_columns",
+    "v_columns": "v_columns",
 }
 
 
@@ -160,14 +162,26 @@ def attach(layer: nn.Module, found: LayerProjector, device: torch.device) -> Non
     folded = [found.side(side).folded() for side in SIDES]
     parts = [x.to(device, torch.float32).contiguous() for side in folded for x in (side.encode, side.decode, side.mean)]
     bases = Bases(*parts)
-    prepared = prepare(*bases)
+    prepared = prepared_for(bases, found.layout, device)
     named = bases._asdict() | {name: getattr(prepared, field) for field, name in PREPARED.items()}
     for name, tensor in named.items():
         old = getattr(layer, _buffer(name), None)
-        if isinstance(old, Tensor) and old.shape == tensor.shape and old.device == tensor.device:
+        if isinstance(old, Tensor) and tensor is not None and old.shape == tensor.shape and old.device == tensor.device:
             old.copy_(tensor)
         else:
             layer.register_buffer(_buffer(name), tensor, persistent=False)
+
+
+def prepared_for(bases: Bases, layout: LatentLayout, device: torch.device) -> Prepared:
+    """Bases as the kernels want them; with those of launches with queries as rows on the GPUs that have such launches."""
+    prepared = prepare(*bases)
+    if device.type != "cuda":
+        return prepared
+    from kvsplice_kernels.row_operands import in_columns  # imports Triton, which a CPU need not have
+    from vllm_kvsplice.launch import has_rows
+
+    plans = (layout.plan(side, BLOCK_MULTIPLE) for side in SIDES)
+    return in_columns(prepared, *plans) if has_rows(layout, device) else prepared
 
 
 def find_layer(vllm_config: Any, impl: object) -> tuple[str, Any]:

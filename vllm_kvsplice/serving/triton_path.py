@@ -16,10 +16,12 @@ from triton import cdiv, next_power_of_2
 
 from kvsplice_kernels.attention import BoundAttention, Workspace, bind_attention, choose_num_splits, workspace_shapes
 from kvsplice_kernels.cache_write import bind_write
+from kvsplice_kernels.decode import latent_ranks
 from kvsplice_kernels.dispatch import Bound
 from kvsplice_kernels.encode import Prepared
 from kvsplice_kernels.launch import Launch, multiprocessors
 from kvsplice_kernels.write_and_project import bind_write_and_project
+from vllm_kvsplice.codec.layout import BLOCK_MULTIPLE
 from vllm_kvsplice.launch import tuned
 from vllm_kvsplice.serving import cached_prefill, fallback_attention
 from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits, bases_of, prepared_of
@@ -164,16 +166,20 @@ def reserve(
 ) -> None:
     """Let vLLM's workspace grow now to the most that any step will ask for; it is locked once graphs are captured."""
     expands = flash_attends(codec.layout.head_dim, codec.soft_cap) and codec.layout.head_dim <= FLASH_HEAD_DIM
-    wanted = [_shapes(codec, most_latent_tokens(codec, max_tokens), 1)]
+    query_lens = range(1, decode_query_len + 1)
+    launches = [launch_of(codec, n, device) for n in (*query_lens, LONG_STEP)]
+    widest = max(launches, key=lambda launch: sum(latent_ranks(*both_plans(codec, BLOCK_MULTIPLE), launch)))
+    wanted = [_shapes(codec, most_latent_tokens(codec, max_tokens), 1, widest)]
     wanted += [
-        _shapes(codec, min(max_tokens, cached_prefill.LATENT_TOKENS // n), n) for n in cached_prefill.PREFILL_SPLITS
+        _shapes(codec, min(max_tokens, cached_prefill.LATENT_TOKENS // n), n, widest)
+        for n in cached_prefill.PREFILL_SPLITS
     ]
     if expands:
         limits = Limits(max_num_seqs, max_tokens, max_seq_len)
         wanted.append(cached_prefill.scratch_shapes(codec, limits, codec.wide_dtype))
     for num_reqs in range(1, max_num_seqs + 1):
-        splits = max(num_splits(codec, num_reqs, n, max_seq_len, device) for n in range(1, decode_query_len + 1))
-        wanted.append(_shapes(codec, min(num_reqs * decode_query_len, max_tokens), splits))
+        splits = max(num_splits(codec, num_reqs, n, max_seq_len, device) for n in query_lens)
+        wanted.append(_shapes(codec, min(num_reqs * decode_query_len, max_tokens), splits, widest))
     workspace(*max(wanted, key=lambda shapes: sum(-(-prod(s) * d.itemsize // 256) for s, d in shapes)))
 
 
@@ -215,7 +221,10 @@ def most_latent_tokens(codec: LayerCodec, max_tokens: int) -> int:
 
 
 def plans(codec: LayerCodec, kv_cache: Tensor) -> tuple[Any, Any]:
-    block_size = kv_cache.shape[2]
+    return both_plans(codec, kv_cache.shape[2])
+
+
+def both_plans(codec: LayerCodec, block_size: int) -> tuple[Any, Any]:
     return codec.layout.plan("k", block_size), codec.layout.plan("v", block_size)
 
 
@@ -243,7 +252,10 @@ def attend_codes(
     )
     if written is not None and write_and_project is not None:
         key, value, slots = written
-        write_and_project(query, key, value, kv_cache, slots, *tensors.prepared[:6], *attention.work[:2])
+        prepared = tensors.prepared
+        q_planes, _ = prepared.decodes(attention.rows)
+        rest = *prepared[:4], q_planes, prepared.k_mean, *attention.work[:2]
+        write_and_project(query, key, value, kv_cache, slots, *rest)
     attention(query, kv_cache, tensors.prepared, requests.block_table, requests.seq_lens, requests.query_start_loc, out)
 
 
@@ -259,6 +271,7 @@ def _bind_codes(
     skip_first_chunks: bool,
     longest: int,
 ) -> BoundCodes:
+    launch = launch_of(codec, longest, query.device)
     attention, _ = bind_attention(
         query,
         kv_cache,
@@ -275,20 +288,20 @@ def _bind_codes(
         codec.soft_cap,
         codec.wide_dtype,
         skip_first_chunks,
-        Workspace(*workspace(*_shapes(codec, query.shape[0], splits))),
+        Workspace(*workspace(*_shapes(codec, query.shape[0], splits, launch))),
         written is not None,
-        launch_of(codec, longest, query.device),
+        launch,
     )
     if written is None:
         return BoundCodes(None, attention)
     key, value, slots = written
-    rest = *plans(codec, kv_cache), *attention.work[:2], codec.wide_dtype
+    rest = *plans(codec, kv_cache), *attention.work[:2], codec.wide_dtype, attention.rows
     bound, _ = bind_write_and_project(query, key, value, kv_cache, slots, tensors.prepared, *rest)
     return BoundCodes(bound, attention)
 
 
-def _shapes(codec: LayerCodec, num_tokens: int, splits: int) -> Shapes:
-    ranks = codec.layout.rank("k"), codec.layout.rank("v")
+def _shapes(codec: LayerCodec, num_tokens: int, splits: int, launch: Launch | None) -> Shapes:
+    ranks = latent_ranks(*both_plans(codec, BLOCK_MULTIPLE), launch)
     return tuple((s, torch.float32) for s in workspace_shapes(num_tokens, codec.num_heads, *ranks, splits))
 
 

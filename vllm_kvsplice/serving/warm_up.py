@@ -18,12 +18,11 @@ from torch import Tensor
 from kvsplice_kernels.cache_write import write_tiles
 from kvsplice_kernels.checks import next_power_of_2
 from kvsplice_kernels.decode import launched_tile
-from kvsplice_kernels.encode import prepare
 from kvsplice_kernels.project_query import query_tiles
 from kvsplice_kernels.reduce_expand import reduce_tiles
 from kvsplice_kernels.write_and_project import step_sizes
 from vllm_kvsplice.serving import cached_prefill
-from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits
+from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits, prepared_for
 from vllm_kvsplice.serving.cached_prefill import LATENT_TOKENS, LONG_STEP, PREFILL_SPLITS
 from vllm_kvsplice.serving.metadata import Requests
 from vllm_kvsplice.serving.refusals import FLASH_HEAD_DIM
@@ -51,7 +50,7 @@ def warm_up(
     D, cell, most = codec.layout.head_dim, codec.bytes_per_token_head, limits.max_num_batched_tokens
     cache = torch.zeros(1, codec.num_kv_heads, block_size, cell, dtype=torch.uint8, device=device)
     bases = _blank_bases(codec, device)
-    tensors = Tensors(bases, prepare(*bases))
+    tensors = Tensors(bases, prepared_for(bases, codec.layout, device))
     steps: list[Step] = []
     if flash_attends(D, codec.soft_cap) and D <= FLASH_HEAD_DIM:
         steps.append(partial(cached_prefill.warm_up, codec, bases, cache, dtype))
