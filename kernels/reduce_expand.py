@@ -21,6 +21,7 @@ from kvsplice_kernels.pdl import pdl_options, wait
 from kvsplice_kernels.query_tiles import check_requests, find_tile, num_query_tiles, request_lens
 
 FEW_ROWS = 256  # query rows (tokens x heads) up to which one program takes one row, for the parallelism
+SOME_ROWS, MANY_ROWS = 1000, 4096  # of several tokens a request, from which programs become larger
 
 
 @triton.jit
@@ -237,7 +238,8 @@ class ReduceTiles(NamedTuple):
 def reduce_tiles(
     total_rows: int, group: int, max_query_len: int, head_dim: int, rank_pad: int, num_splits: int
 ) -> ReduceTiles:
-    """The fastest of a sweep at 28/4 heads x 128 and 1 x 32k, 8 x 8k, 16 x 32k, 64 x 4k and 256 x 2k tokens.
+    """The fastest of a sweep at 28/4 heads x 128 and 1 x 32k, 8 x 8k, 16 x 32k, 64 x 4k and 256 x 2k tokens, and, of several tokens a
+    request, at 64 x 4k, 16 x 32k, 4 x 8k and 1 x 32k.
 
     One row a program for few rows, with as many splits in flight as registers hold; else the rows of one dot, more of
     them where there is nothing to merge.
@@ -248,10 +250,11 @@ def reduce_tiles(
         few = total_rows <= FEW_ROWS // 4  # less than one program of 8 warps for each multiprocessor
         at_once = max(1, min(splits, (64 if few else 32) * 128 // rank_pad))
         return ReduceTiles(1, 1, 1, narrow if few else wide, at_once, 8 if few else 4)
-    merges = num_splits > 1
-    tokens = max(1, (16 if merges else 32) // group)  # of different requests, if each has one
-    if max_query_len > 1:
+    merges, several = num_splits > 1, max_query_len > 1
+    tokens = max(1, (16 if merges else 64 if several and total_rows >= MANY_ROWS else 32) // group)
+    if several:  # else of different requests
         tokens = min(next_power_of_2(max_query_len), tokens)
     rows = max(16, next_power_of_2(tokens * group))
     at_once = max(1, min(splits, 8 * 128 // rank_pad))
-    return ReduceTiles(group, tokens, rows, narrow if merges else wide, at_once, 8 if merges or rank_pad > 128 else 4)
+    small = merges and (total_rows < SOME_ROWS or not several)
+    return ReduceTiles(group, tokens, rows, narrow if small else wide, at_once, 8 if small or rank_pad > 128 else 4)

@@ -15,8 +15,8 @@ from kvsplice_kernels.encode import prepare
 from vllm_kvsplice.codec.layout import LatentLayout
 from vllm_kvsplice.serving import torch_path, triton_path, warm_up
 from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits
-from vllm_kvsplice.serving.cached_prefill import LATENT_TOKENS, PREFILL_SPLITS
 from vllm_kvsplice.serving.metadata import Prefills, Requests
+from vllm_kvsplice.serving.routes import LATENT_TOKENS, PREFILL_SPLITS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS, KV_HEADS, DIM, BLOCK = 4, 2, 32, 16

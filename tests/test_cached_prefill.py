@@ -16,7 +16,7 @@ pytest.importorskip("vllm")
 
 from prefill_cases import Flash, attention, codec_of, forget_below_windows, limits_of, num_bytes, requests_of, run
 
-from vllm_kvsplice.serving import cached_prefill
+from vllm_kvsplice.serving import cached_prefill, routes
 from vllm_kvsplice.serving.attention_layer import Bases
 from vllm_kvsplice.serving.cached_prefill import scratch_shapes
 
@@ -34,7 +34,7 @@ def scratch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(cached_prefill, "workspace", workspace)
     monkeypatch.setattr(cached_prefill, "CONTEXT_TOKENS", 128)
-    monkeypatch.setattr(cached_prefill, "EXPAND_FROM_ROWS", 0)
+    monkeypatch.setattr(routes, "latent_is_faster", lambda *args: False)
     return asked
 
 

@@ -22,7 +22,7 @@ from prefill_cases import attention, codec_of, num_bytes, requests_of
 from kvsplice_kernels.expand_cached import START_MULTIPLE
 from kvsplice_kernels.launch import Launch
 from kvsplice_kernels.reduce_expand import reduce_tiles
-from vllm_kvsplice.serving import cached_prefill, fallback_attention, triton_path, warm_up
+from vllm_kvsplice.serving import cached_prefill, fallback_attention, routes, triton_path, warm_up
 from vllm_kvsplice.serving.attention_layer import Limits
 from vllm_kvsplice.serving.cached_prefill import scratch_shapes, scratch_tokens
 from vllm_kvsplice.serving.metadata import Prefills
@@ -80,49 +80,73 @@ def test_scratch_is_bounded_by_the_batch_and_not_by_the_context() -> None:
 
 
 # ---------------------------------------------------------------- which path
-def test_few_rows_over_long_context_stay_latent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cached_prefill, "multiprocessors", lambda device: 132)
-
-    def chosen(query: int, context: int, group: int = 7, copies: int = 1, first: int = 0) -> bool:
-        """Whether requests of ``query`` tokens over a context, and one whose ``first`` tokens are all it has, are expanded."""
-        query_lens = [query] * copies + [first] * bool(first)
-        lens = torch.tensor([query + context] * copies + [first] * bool(first))
-        starts = torch.tensor([0, *query_lens]).cumsum(0).int()
-        codec = codec_of(cases.Case(seq_lens=(1,), query_lens=(1,), num_kv_heads=4, group=group))
-        fresh = [False] * copies + [True] * bool(first)
-        requests = Prefills(len(query_lens), int(starts[-1]), max(query_lens), query + context, starts, lens, starts[None],
-                            starts, fresh, lens, Limits(99, 8192, 10**6))  # fmt: skip
-        return cached_prefill.plan(codec, requests, True, torch.device("cpu")) is not None
-
-    assert not chosen(16, 32768) and chosen(64, 32768)  # 112 and 448 query rows
-    assert not chosen(64, 8192, group=1)
-    assert chosen(8, 32768, copies=200)  # above the tokens that the latent kernel has scratch for
-    assert not chosen(16, 100, copies=60) and not chosen(16, 8192, copies=4)
-    # In 8 splits the first waits longer for its keys than expanding them takes; beside 900 tokens there is no scratch for splits.
-    assert chosen(36, 32768) and not chosen(36, 8192)
-    assert chosen(16, 32768, first=900) and not chosen(16, 700, first=900)
+@pytest.fixture
+def an_h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(routes, "tuned", lambda *args: Launch(4, rows=64, programs=2))
 
 
-def test_few_rows_over_long_context_split_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cached_prefill, "multiprocessors", lambda device: 132)
-    device = torch.device("cpu")
+@pytest.fixture
+def columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(routes, "tuned", lambda *args: None)
 
-    def splits(query: int, context: int, copies: int = 1, heads: int = 4, known: bool = True) -> int:
-        starts = torch.arange(0, query * copies + 1, query, dtype=torch.int32)
-        lens = torch.full((copies,), query + context)
-        requests = Prefills(copies, query * copies, query, 10**6, starts, lens, starts[None], starts, [False] * copies,
-                            lens if known else None)  # fmt: skip
-        codec = codec_of(cases.Case(seq_lens=(1,), query_lens=(1,), num_kv_heads=heads, group=7))
-        return cached_prefill.num_splits(codec, requests, device)
 
-    assert splits(8, 32768) == 32 and splits(36, 32768) == 8  # 1 and 5 tiles of 9 tokens
-    assert splits(8, 1000) == 1 and splits(8, 1100) == 8  # four tiles of keys or more in each
+def expanded(query: int, context: int, group: int = 7, copies: int = 1, first: int = 0) -> bool:
+    """Whether requests of ``query`` tokens over a context, and one whose ``first`` tokens are all it has, are expanded."""
+    query_lens = [query] * copies + [first] * bool(first)
+    lens = torch.tensor([query + context] * copies + [first] * bool(first))
+    starts = torch.tensor([0, *query_lens]).cumsum(0).int()
+    codec = codec_of(cases.Case(seq_lens=(1,), query_lens=(1,), num_kv_heads=4, group=group))
+    fresh = [False] * copies + [True] * bool(first)
+    requests = Prefills(len(query_lens), int(starts[-1]), max(query_lens), query + context, starts, lens, starts[None],
+                        starts, fresh, lens, Limits(99, 8192, 10**6))  # fmt: skip
+    return cached_prefill.plan(codec, requests, True, torch.device("cpu")) is not None
+
+
+def test_on_hopper_short_ends_stay_latent(an_h200: None) -> None:
+    assert not expanded(16, 32768) and not expanded(64, 32768) and not expanded(128, 8192)
+    assert expanded(256, 8192) and expanded(512, 8192) and not expanded(64, 8192, group=1)
+    assert not expanded(16, 2048) and not expanded(16, 8192, copies=4) and not expanded(16, 2048, copies=8)
+    assert expanded(8, 2048, copies=200)  # above the tokens that the latent kernel has scratch for
+    assert expanded(16, 32768, first=900) and not expanded(16, 32768, first=40)  # beside 900 there is none for splits
+
+
+def test_elsewhere_few_rows_stay_latent(columns: None) -> None:
+    assert not expanded(16, 32768) and expanded(64, 32768) and not expanded(36, 1024)
+    assert not expanded(8, 8192, group=1) and expanded(128, 8192, group=1)
+
+
+def splits(query: int, context: int, copies: int = 1, heads: int = 4, known: bool = True) -> int:
+    starts = torch.arange(0, query * copies + 1, query, dtype=torch.int32)
+    lens = torch.full((copies,), query + context)
+    requests = Prefills(copies, query * copies, query, 10**6, starts, lens, starts[None], starts, [False] * copies,
+                        lens if known else None)  # fmt: skip
+    codec = codec_of(cases.Case(seq_lens=(1,), query_lens=(1,), num_kv_heads=heads, group=7))
+    return routes.cut_keys(codec, requests, torch.device("cpu")).splits
+
+
+def test_few_rows_over_long_context_split_the_keys(columns: None) -> None:
+    assert splits(8, 32768) == 32 and splits(37, 32768) == 16  # 1 and 5 tiles of 9 tokens
+    assert splits(8, 500) == 1 and splits(8, 504) == 4 and splits(8, 1100) == 8  # four tiles of keys or more in each
     assert splits(8, 1000, known=False) == 32
-    assert splits(8, 32768, heads=128) == 1 and splits(8, 32768, copies=40) == 1  # the GPU is full without
-    assert splits(130, 32768) == 1  # more latents than scratch holds
-    monkeypatch.setattr(cached_prefill, "tuned", lambda *args: Launch(8, rows=128, programs=2))
-    assert splits(16, 32768) == 32 and splits(16, 32768, heads=8) == 32 and splits(16, 32768, heads=16) == 8
-    assert splits(36, 32768) == 8 and splits(19, 32768, heads=8) == 8  # tiles of 16 tokens
+    assert splits(8, 32768, heads=128) == 4 and splits(8, 32768, heads=128, copies=2) == 1  # the GPU is full without
+    assert splits(256, 32768) == 4 and splits(257, 32768) == 1  # more latents than scratch holds
+
+
+def test_on_hopper_the_splits_are_what_two_programs_of_a_multiprocessor_hold(an_h200: None) -> None:
+    assert splits(8, 32768) == 32 and splits(16, 32768) == 32 and splits(37, 32768) == 8
+    assert splits(36, 32768) == 16 and splits(16, 32768, heads=16) == 8
+    assert splits(8, 1015) == 1 and splits(8, 1016) == 4 and splits(8, 2048) == 8  # tiles of 64 keys
+
+
+def test_a_step_that_fills_the_gpu_several_times_takes_as_long(an_h200: None) -> None:
+    work, key_us = routes.Work(longest=4096, keys=4096, row_keys=10**6, pieces=1), routes.ROWS_KEY_US
+    faster = [routes.latent_is_faster(routes.Cut(1, fill, key_us), work, 4) for fill in (0.1, 1.0, 4.0)]
+    assert faster == [False, False, False]
+    work = work._replace(row_keys=10**8)
+    faster = [routes.latent_is_faster(routes.Cut(1, fill, key_us), work, 4) for fill in (0.1, 1.0, 4.0, 8.0)]
+    assert faster == [True, True, True, False]
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -142,13 +166,13 @@ def test_every_variant_of_a_split_prefill_is_compiled_before_the_first_request(h
     )
 
     def variant(tokens: int, splits: int) -> Any:
-        tiles = reduce_tiles(tokens * codec.num_heads, 7, cached_prefill.LONG_STEP, head_dim, head_dim, splits)
+        tiles = reduce_tiles(tokens * codec.num_heads, 7, routes.LONG_STEP, head_dim, head_dim, splits)
         return splits, tiles
 
     compiled = {variant(*step) for step in warm_up.split_steps(codec, 8192)}
-    most = cached_prefill.LATENT_TOKENS
-    assert compiled == {variant(t, s) for s in (1, *cached_prefill.PREFILL_SPLITS) for t in range(1, most // s + 1)}
-    assert len(warm_up.split_steps(codec, 8192)) <= 9
+    most = routes.LATENT_TOKENS
+    assert compiled == {variant(t, s) for s in (1, *routes.PREFILL_SPLITS) for t in range(1, most // s + 1)}
+    assert len(warm_up.split_steps(codec, 8192)) <= 19
 
 
 class TestRouting:
@@ -199,7 +223,7 @@ class TestRouting:
         assert calls == ["write", ("expanded", True)]
 
     def test_a_few_rows_beside_first_chunks_are_written_over_them(self, calls: list[Any]) -> None:
-        self.prefill(True, (400, 30), (2, 30))
+        self.prefill(True, (80, 30), (2, 30))
         assert calls == ["fresh", ("latent", True)]
 
     def test_without_host_lengths_codes_are_attended(self, calls: list[Any]) -> None:

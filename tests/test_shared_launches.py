@@ -23,7 +23,7 @@ from prefill_cases import Flash, codec_of, requests_of
 
 from kvsplice_kernels import dispatch
 from kvsplice_kernels.encode import prepare
-from vllm_kvsplice.serving import cached_prefill, triton_path
+from vllm_kvsplice.serving import cached_prefill, routes, triton_path
 from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec
 from vllm_kvsplice.serving.metadata import Prefills, Requests
 
@@ -120,8 +120,7 @@ SERVES: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", SERVES)
 def test_a_layer_gets_what_it_would_get_alone(name: str, bound: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cached_prefill, "EXPAND_FROM_ROWS", 0)
-    monkeypatch.setattr(cached_prefill, "PIECE_US", 0.0)
+    monkeypatch.setattr(routes, "latent_is_faster", lambda *args: False)
     monkeypatch.setattr(triton_path, "workspace", nan_workspace)
     monkeypatch.setattr(cached_prefill, "workspace", nan_workspace)
     serve, launches = SERVES[name]

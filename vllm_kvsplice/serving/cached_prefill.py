@@ -17,35 +17,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvsplice_kernels.decode import TILE, launched_tile
 from kvsplice_kernels.dispatch import Bound
 from kvsplice_kernels.expand_cached import START_MULTIPLE, bind_copy, bind_expand
-from kvsplice_kernels.launch import Launch, multiprocessors
-from kvsplice_kernels.query_tiles import num_query_tiles
-from vllm_kvsplice.launch import tuned
+from vllm_kvsplice.serving import routes
 from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits
 from vllm_kvsplice.serving.metadata import Prefills, like, once
 from vllm_kvsplice.serving.refusals import FLASH_HEAD_DIM
-from vllm_kvsplice.serving.spans import Ints, Span, cut, round_up
+from vllm_kvsplice.serving.spans import Ints, Span, round_up
+from vllm_kvsplice.serving.spans import cut as cut_spans
 from vllm_kvsplice.serving.vllm_compat import merge_attn_states, to_device, workspace
 
 CONTEXT_TOKENS = 32 * 1024  # of scratch: 64 MiB of K and V at 4 KV heads of 128
-# Query rows (tokens x query heads per KV head) from which expanding pays, per cached token and KV head: expanding moves
-# near_lossless 164 + 1024 bytes (codes read, 16-bit K and V written and read), 0.29 ns at 4.2 TB/s; each row costs 512 flops
-# at head_dim 128, on the latent kernel at a third of FlashAttention-3's 650 TFLOP/s, so 1.6 ps more there. They meet at 180
-# rows; more than that, as two launches are added.
-EXPAND_FROM_ROWS = 256
-LATENT_TOKENS = (
-    1024  # above so many tokens a step is expanded in any case: bounds what the latent kernel's scratch takes
-)
-# Few rows leave the GPU empty, and their longest run of keys is what the latent kernel waits for: 1.86 ms for 32768 keys in
-# one split on an H200, queries as columns (as rows it is not fitted anew). Expanding them takes the time of the bytes above, and
-# a piece some 80 us on the host and in FlashAttention.
-KEY_US, EXPANDED_KEY_US, PIECE_US = 1856 / 32768, 0.29e-3, 80.0
-PREFILL_SPLITS = (32, 8)  # of the keys, of few prefill tokens: each is variants of reduce_expand to compile
-PREFILL_PROGRAMS = 4  # of the latent kernel on a multiprocessor, where its launch is not one that counts them
-LONG_STEP = 1024  # tokens: past the sizes at which the launchers change their tiles
-
 Shape = tuple[tuple[int, ...], torch.dtype]
 # Rows (tokens x heads) whose tiles of 128 occupy 0.8 of 132 multiprocessors: from there FlashAttention-3 would not gain by
 # splitting the keys, for which it allocates scratch that vLLM's memory profile has not seen.
@@ -133,40 +115,14 @@ def _plan_of(codec: LayerCodec, requests: Prefills, with_fresh: bool, device: to
     """Codecs that differ in layout alone have the same pieces, and one copy of their numbers."""
     limits = requests.limits or Limits(requests.num_reqs, requests.num_tokens, requests.max_seq_len)
     window, capacity = codec.sliding_window, scratch_tokens(codec, limits)
-    splits = num_splits(codec, requests, device)
-    key = splits, window, capacity, codec.num_heads // codec.num_kv_heads, codec.num_kv_heads, with_fresh, device
+    cut = routes.cut_keys(codec, requests, device)
+    key = cut, window, capacity, codec.num_heads // codec.num_kv_heads, codec.num_kv_heads, with_fresh, device
     return once(requests.shared, key, lambda: _plan(requests, *key))
-
-
-def num_splits(codec: LayerCodec, requests: Prefills, device: torch.device) -> int:
-    """Splits of the keys where the latent kernel serves a step, the same for all layers of a kind: few query tokens, the end of
-    a prompt that is cached, would leave the GPU empty. As many as the programs that lie on a multiprocessor, each with four
-    tiles of keys or more, and the scratch of a longer step allow."""
-    group = codec.num_heads // codec.num_kv_heads
-
-    def choose() -> int:
-        launch = tuned(codec.layout, group, LONG_STEP, device)
-        return _num_splits(group, codec.num_kv_heads, requests, device, launch)
-
-    return once(requests.shared, ("splits", codec, device), choose)
-
-
-def _num_splits(
-    group: int, num_kv_heads: int, requests: Prefills, device: torch.device, launch: Launch | None = None
-) -> int:
-    tile_tokens, _ = launched_tile(group, LONG_STEP, launch)
-    tiles = num_query_tiles(requests.num_tokens, requests.num_reqs, LONG_STEP, tile_tokens)
-    known = requests.seq_lens_cpu
-    longest = requests.max_seq_len if known is None else int(known.max())
-    at_once = launch.programs if launch is not None and launch.rows is not None else PREFILL_PROGRAMS
-    programs = at_once * multiprocessors(device) // (tiles * num_kv_heads)
-    most = min(programs, longest // (4 * TILE), LATENT_TOKENS // requests.num_tokens)
-    return next((splits for splits in PREFILL_SPLITS if splits <= most), 1)
 
 
 def _plan(
     requests: Prefills,
-    splits: int,
+    cut: routes.Cut,
     window: int | None,
     capacity: int,
     group: int,
@@ -178,12 +134,10 @@ def _plan(
     query_lens, seq_lens = np.diff(query_start_loc), np.asarray(requests.seq_lens_cpu, np.int64)
     fresh = np.array(requests.first_chunk) & with_fresh
     visible = np.where(fresh, 0, np.minimum(seq_lens, query_lens + (window or requests.max_seq_len)))
-    rows = (query_lens * visible).sum() * group
-    spans = cut(query_lens, seq_lens, window, capacity)
-    latent_us = KEY_US * visible.max() / splits
-    expanded_us = PIECE_US * len(spans) + EXPANDED_KEY_US * num_kv_heads * visible.sum()
-    few = requests.num_tokens <= LATENT_TOKENS and rows < EXPAND_FROM_ROWS * visible.sum()
-    if few and latent_us <= expanded_us:
+    spans = cut_spans(query_lens, seq_lens, window, capacity)
+    row_keys = (query_lens * visible).sum() * group
+    work = routes.Work(int(visible.max()), int(visible.sum()), int(row_keys), len(spans))
+    if requests.num_tokens <= routes.LATENT_TOKENS and routes.latent_is_faster(cut, work, num_kv_heads):
         return None
     return _to_device(spans, query_start_loc, fresh, requests.block_table, device)
 

@@ -23,11 +23,11 @@ from kvsplice_kernels.launch import Launch, multiprocessors
 from kvsplice_kernels.write_and_project import bind_write_and_project
 from vllm_kvsplice.codec.layout import BLOCK_MULTIPLE
 from vllm_kvsplice.launch import tuned
-from vllm_kvsplice.serving import cached_prefill, fallback_attention
+from vllm_kvsplice.serving import cached_prefill, fallback_attention, routes
 from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits, bases_of, prepared_of
-from vllm_kvsplice.serving.cached_prefill import LONG_STEP
 from vllm_kvsplice.serving.metadata import Prefills, Requests, like, once
 from vllm_kvsplice.serving.refusals import FLASH_HEAD_DIM
+from vllm_kvsplice.serving.routes import LATENT_TOKENS, LONG_STEP, PREFILL_SPLITS
 from vllm_kvsplice.serving.vllm_compat import flash_attention, workspace
 
 Shapes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
@@ -129,7 +129,7 @@ def prefill(
         return
     # As an upper bound: with the true one every short tail of a prompt would be a kernel variant of its own.
     longest = max(requests.max_query_len, LONG_STEP)
-    splits = cached_prefill.num_splits(codec, requests, query.device)
+    splits = routes.cut_keys(codec, requests, query.device).splits
     attend_codes(
         codec, tensors, query, written, kv_cache, requests, out, splits, skip_first_chunks=first, longest=longest
     )
@@ -170,10 +170,7 @@ def reserve(
     launches = [launch_of(codec, n, device) for n in (*query_lens, LONG_STEP)]
     widest = max(launches, key=lambda launch: sum(latent_ranks(*both_plans(codec, BLOCK_MULTIPLE), launch)))
     wanted = [_shapes(codec, most_latent_tokens(codec, max_tokens), 1, widest)]
-    wanted += [
-        _shapes(codec, min(max_tokens, cached_prefill.LATENT_TOKENS // n), n, widest)
-        for n in cached_prefill.PREFILL_SPLITS
-    ]
+    wanted += [_shapes(codec, min(max_tokens, LATENT_TOKENS // n), n, widest) for n in PREFILL_SPLITS]
     if expands:
         limits = Limits(max_num_seqs, max_tokens, max_seq_len)
         wanted.append(cached_prefill.scratch_shapes(codec, limits, codec.wide_dtype))
@@ -217,7 +214,7 @@ def launch_of(codec: LayerCodec, max_query_len: int, device: torch.device) -> La
 def most_latent_tokens(codec: LayerCodec, max_tokens: int) -> int:
     """Prefill tokens of a step that the latent kernel may be given."""
     expands = flash_attends(codec.layout.head_dim, codec.soft_cap) and codec.layout.head_dim <= FLASH_HEAD_DIM
-    return min(max_tokens, cached_prefill.LATENT_TOKENS) if expands and not codec.draft_slots else max_tokens
+    return min(max_tokens, LATENT_TOKENS) if expands and not codec.draft_slots else max_tokens
 
 
 def plans(codec: LayerCodec, kv_cache: Tensor) -> tuple[Any, Any]:

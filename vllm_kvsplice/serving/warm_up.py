@@ -23,9 +23,9 @@ from kvsplice_kernels.reduce_expand import reduce_tiles
 from kvsplice_kernels.write_and_project import step_sizes
 from vllm_kvsplice.serving import cached_prefill
 from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits, prepared_for
-from vllm_kvsplice.serving.cached_prefill import LATENT_TOKENS, LONG_STEP, PREFILL_SPLITS
 from vllm_kvsplice.serving.metadata import Requests
 from vllm_kvsplice.serving.refusals import FLASH_HEAD_DIM
+from vllm_kvsplice.serving.routes import LATENT_TOKENS, LONG_STEP, PREFILL_SPLITS
 from vllm_kvsplice.serving.triton_path import (
     Tensors,
     Written,
@@ -134,7 +134,7 @@ def decode_steps(
 
 
 def split_steps(codec: LayerCodec, max_tokens: int) -> list[tuple[int, int]]:
-    """(tokens, splits) of few steps that meet every variant of reduce_expand that ``cached_prefill.num_splits`` can ask for."""
+    """(tokens, splits) of few steps that meet every variant of reduce_expand that ``routes.cut_keys`` can ask for."""
     group, layout = codec.num_heads // codec.num_kv_heads, codec.layout
     rank_pad = max(16, next_power_of_2(layout.rank("v")))
     found: dict[object, tuple[int, int]] = {}
