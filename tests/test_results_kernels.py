@@ -98,34 +98,36 @@ def test_prefill_is_quoted_as_measured():
 
 
 def test_few_new_tokens_are_quoted_as_measured():
-    rows = RESULTS["prefill-tails-h200"]["rows"]
-    speeds = []
-    for (batch, new, context), shown in (
-        ((1, 8, 32776), "1 x 8 tokens after 32768"),
-        ((1, 16, 32784), "1 x 16 after 32768"),
-        ((1, 36, 32804), "1 x 36 after 32768"),
-        ((4, 16, 8208), "4 x 16 after 8192"),
-        ((1, 512, 8704), "1 x 512 after 8192"),
-        ((1, 256, 256), "1 x 256, nothing cached"),
-    ):
-        us = {
-            (r["kernel"], r["preset"]): r["p50_us"]
-            for r in rows
-            if (r["batch"], r["query_len"], r["context"]) == (batch, new, context)
-        }
-        bf16, fp8 = (us["flash-attention-3", p] for p in ("bf16", "fp8"))
-        ours, write, attention = (
-            us[f"kvsplice{stage}", "near_lossless"] for stage in ("", ": cache_write", ": attention")
+    ways = {(r["chunk"], r["way"]): r["graph_us"] for r in RESULTS["prefill-ways-h200"]["rows"]}
+    chunks = list(dict.fromkeys(chunk for chunk, _ in ways))
+    speeds = {}
+    for chunk in chunks:
+        batch, new, cached = chunk.split("x")
+        bf16, ours = ways[chunk, "flash-attention-3"], ways[chunk, "chosen"]
+        shown, others = (
+            f"{batch} x {new} after {cached}",
+            " | ".join(f"{ways.get((chunk, way), 0):.1f}" for way in ("latent", "expanded")),
         )
-        cells = f"{bf16:.1f} | {bf16 / fp8:.2f}x | {ours:.1f} ({bf16 / ours:.2f}x) | {write:.1f} | {attention:.1f}"
-        assert f"| {shown} | {cells} |" in PERFORMANCE
-        speeds.append(bf16 / ours)
-    first, *few = speeds
-    assert len(rows) == 6 * 9
-    shown = f"a **loss**: {min(few):.2f} to {max(few):.2f} times FlashAttention-3's speed (8 tokens: {first:.2f},"
-    assert shown in PERFORMANCE
-    cached = few[:4]  # the fifth has nothing in the cache
-    assert f"at {min(cached):.2f} to {max(cached):.2f} times its speed" in README
+        if cached == "0":
+            shown, others = f"{batch} x {new}, nothing cached", "|"
+        else:
+            speeds[chunk] = bf16 / ours
+        assert f"| {shown} | {bf16:.1f} | {ours:.1f} ({bf16 / ours:.2f}x) | {others} |" in PERFORMANCE
+    shown = f"{min(speeds.values()):.2f} to {max(speeds.values()):.2f} times"
+    assert len(chunks) == 13 and f"a **loss**: {shown} FlashAttention-3's speed on the GPU" in PERFORMANCE
+    assert f"attended at {shown} its speed (`prefill-ways-h200`)" in README
+    rows = [r for r in RESULTS["prefill-tails-h200"]["rows"] if r["preset"] in ("bf16", "near_lossless")]
+    us = {(r["kernel"], r["batch"], r["query_len"], r["context"]): r["p50_us"] for r in rows}
+    pairs = {
+        at: (us["flash-attention-3", *at], t)
+        for (kernel, *at), t in us.items()
+        if kernel == "kvsplice"
+        for at in [tuple(at)]
+    }
+    bf16, ours = pairs.pop((1, 8192, 40960))
+    assert f"took\n{ours:.1f} us, FlashAttention-3 {bf16:.1f}." in PERFORMANCE
+    launched = [bf16 / ours for at, (bf16, ours) in pairs.items() if at[1] < at[2]]
+    assert len(launched) == 7 and f"ours ran {min(launched):.2f} to {max(launched):.2f} times as fast" in PERFORMANCE
 
 
 def test_head_dim_64_gains_less_on_an_h200():
@@ -166,9 +168,11 @@ def test_profiles_and_writes_are_quoted_as_measured():
         assert f"| {tokens} | {' | '.join(cells)} |" in PERFORMANCE
     times = [before[p, n, "kvsplice"] for p, n in (("balanced", 64), ("balanced", 8192), ("max", 8192))]
     assert "`balanced` took {:.1f} us at 64 tokens and {:.1f} at 8192, `max` {:.1f}.".format(*times) in PERFORMANCE
-    for name in ("checks-h100", "checks-h200", "sanitizer-h200"):
-        assert RESULTS[name]["checks"] == {"ok": 98, "failed": []}
-    assert RESULTS["sanitizer-h200"]["error_summary"] == "ERROR SUMMARY: 0 errors"
+    for name, count in (("checks-h100", 98), ("checks-h200", 138), ("sanitizer-h200", 98), ("sanitizer-rows-h200", 47)):
+        assert RESULTS[name]["checks"] == {"ok": count, "failed": []}
+    for name in ("sanitizer-h200", "sanitizer-rows-h200"):
+        assert RESULTS[name]["error_summary"] == "ERROR SUMMARY: 0 errors"
+    assert "(138 on an H200, `checks-h200`," in PERFORMANCE and "`sanitizer-rows-h200`, 47 with" in PERFORMANCE
 
 
 def test_launch_parameters_of_an_h200_are_quoted_as_measured():
@@ -233,33 +237,44 @@ def fastest(file, kernel, preset):
 
 
 def test_several_new_tokens_are_quoted_as_measured():
-    before, now = points("launch-columns-h200", "default_us"), points("launch-rows-h200", "best_us")
-    bf16 = fastest("kernels-several-h200", "flash-attention-3", "bf16")
-    shapes = (64, 5), (64, 8), (16, 5), (16, 8)
-    assert f"| FlashAttention-3 bf16 | {' | '.join(f'{bf16[at]:.1f}' for at in shapes)} |" in PERFORMANCE
-    ratios, gains = [], []
-    for preset in ("near_lossless", "balanced", "max", "int8"):
-        cells = []
-        for at in shapes:
-            old, new = before[preset, *at], now[preset, *at]
-            ratios.append(bf16[at] / new), gains.append(old / new)
-            cells.append(f"{old:.1f} -> {new:.1f} ({ratios[-1]:.2f}x)")
-        assert f"| `{preset}` | {' | '.join(cells)} |" in PERFORMANCE
-    loss = f"{min(ratios):.2f} to {max(ratios):.2f} times FlashAttention-3's speed"
-    assert f"**Several new tokens a request are still a loss**: {loss} over bf16" in PERFORMANCE
-    assert loss in README and f"slower by {min(gains):.1f} to {max(gains):.1f} times" in PERFORMANCE
-    file = "kernels-several-waves-h200"
-    reference, ours = fastest(file, "flash-attention-3", "bf16"), fastest(file, "kvsplice", "v_only")
-    ratios = [reference[at] / ours[at] for at in shapes]
-    assert f"`v_only` {min(ratios):.2f} to {max(ratios):.2f} (`{file}`)" in PERFORMANCE
-    waves, wave = fastest(file, "kvsplice", "near_lossless")[64, 5], points("launch-rows-h200", "default_us")
-    assert f"({waves:.1f} us, `{file}`; {wave['near_lossless', 64, 5]:.1f} in one wave)" in PERFORMANCE
-    limited = {at: wave["near_lossless", *at] / now["near_lossless", *at] - 1 for at in shapes}
-    shown = f"gain {-100 * limited[16, 5]:.0f} % at 16 x 32768 and lose {100 * limited[64, 5]:.0f} % at 64 x 4096"
-    assert shown in PERFORMANCE
-    busy = RESULTS["profile-rows-h200"]["issue_slots_busy_pct"]
-    assert f"issued in {busy:.0f} % of the slots" in PERFORMANCE
-    assert not RESULTS["checks-rows-h200"]["checks"]["failed"]
+    file = "kernels-several-h200"
+    at = [(batch, new) for batch in (64, 16) for new in (4, 5, 8)]
+    bf16, fp8 = (fastest(file, "flash-attention-3", p) for p in ("bf16", "fp8"))
+    assert f"| FlashAttention-3 bf16 | {' | '.join(f'{bf16[x]:.1f}' for x in at)} |" in PERFORMANCE
+    cells = " | ".join(f"{fp8[x]:.1f} ({bf16[x] / fp8[x]:.2f}x)" for x in at)
+    assert f"| FlashAttention-3 fp8 | {cells} |" in PERFORMANCE
+    ratios, before, gains = {}, points("launch-columns-h200", "default_us"), []
+    for preset in ("near_lossless", "balanced", "max", "v_only", "int8"):
+        ours = fastest(file, "kvsplice", preset)
+        ratios[preset] = [bf16[x] / ours[x] for x in at]
+        cells = " | ".join(f"{ours[x]:.1f} ({ratio:.2f}x)" for x, ratio in zip(at, ratios[preset], strict=True))
+        assert f"| `{preset}` | {cells} |" in PERFORMANCE
+        gains += [before[preset, *x] / ours[x] for x in at if (preset, *x) in before]
+    loss = ratios.pop("int8")
+    rest = [ratio for some in ratios.values() for ratio in some]
+    shown = f"at {min(rest):.2f} to {max(rest):.2f} times FlashAttention-3's speed over bf16"
+    assert shown in PERFORMANCE and shown in README
+    lost = f"{min(loss):.2f} to {max(loss):.2f}"
+    assert f"a **loss**, {lost}; none" in PERFORMANCE and f"`int8` at {lost}, a loss" in README
+    assert len(gains) == 16 and f"took {min(gains):.1f} to {max(gains):.1f} times as long" in PERFORMANCE
+
+
+def test_what_is_left_of_rows_is_quoted_as_measured():
+    columns, several = points("launch-rows-h200", "default_us"), RESULTS["kernels-several-h200"]["rows"]
+    four = [f"{columns[preset, batch, 4]:.1f}" for preset in ("v_only", "int8") for batch in (64, 16)]
+    assert "`v_only` took {} and {} us as columns, `int8` {} and\n{} (".format(*four) in PERFORMANCE
+    us = {r["kernel"]: r["p50_us"] for r in several if (r["preset"], r["batch"], r["query_len"]) == ("int8", 16, 5)}
+    alone = sum(us[f"kvsplice: {stage}"] for stage in ("project_query", "decode", "reduce_expand"))
+    assert (
+        f"attention takes {us['kvsplice']:.1f} us at 16 x 32768 with 5 new tokens where its kernels, alone, take {alone:.1f}"
+        in PERFORMANCE
+    )
+    before = columns["near_lossless", 64, 5]
+    now = fastest("kernels-several-h200", "kvsplice", "near_lossless")[64, 5]
+    assert f"64 x 4096 tokens with 5 new ones took {before:.1f} us, now {now:.1f} (" in PERFORMANCE
+    samples = RESULTS["profile-rows-h200"]["shapes"]["64x4096, 5 new"]["loop_samples_pct"]
+    shown = "{selected:.0f} % issue, {barrier:.0f} % wait for barriers around the unpacked tile, {wait:.0f} % for fixed"
+    assert shown.format(**samples) in PERFORMANCE and f"and {samples['long_sb']:.0f} % for memory" in PERFORMANCE
     wrong = {line.split(",")[0] for line in RESULTS["checks-rows-before-h200"]["checks"]["failed"]}
     assert len(wrong) == 11 and "11 of the kernel cases came out wrong" in PERFORMANCE
 
