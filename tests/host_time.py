@@ -52,7 +52,7 @@ def no_gpu() -> Iterator[None]:
     from triton.runtime import driver
 
     from kvsplice_kernels import expand_cached
-    from vllm_kvsplice.serving import cached_prefill, triton_path
+    from vllm_kvsplice.serving import cached_prefill, routes, triton_path
 
     memory = torch.empty(512 << 20, dtype=torch.uint8)
 
@@ -77,7 +77,7 @@ def no_gpu() -> Iterator[None]:
         mock.patch.object(triton_path, "workspace", workspace),
         mock.patch.object(cached_prefill, "workspace", workspace),
         mock.patch.object(triton_path, "multiprocessors", lambda device: MULTIPROCESSORS),
-        mock.patch.object(cached_prefill, "multiprocessors", lambda device: MULTIPROCESSORS),
+        mock.patch.object(routes, "multiprocessors", lambda device: MULTIPROCESSORS),
         mock.patch.object(expand_cached, "multiprocessors", lambda device: MULTIPROCESSORS),
     ):
         yield
