@@ -54,13 +54,13 @@ def rows_launch(columns: int, ranks: int, narrow: bool, device: torch.device) ->
 
     Not on Blackwell, whose tensor memory Triton 3.6 overruns with some layouts; nor with the mma of older GPUs, unmeasured.
     """
-    if columns < (ROWS_FROM if narrow else 2 * ROWS_FROM) or ranks > MOST_RANKS or not _takes_64_rows(device):
+    if columns < (ROWS_FROM if narrow else 2 * ROWS_FROM) or ranks > MOST_RANKS or not takes_64_rows(device):
         return None
     return Launch(4, programs=2, rows=64)
 
 
 @lru_cache(maxsize=8)
-def _takes_64_rows(device: torch.device) -> bool:
+def takes_64_rows(device: torch.device) -> bool:
     """Whether there is wgmma: on Hopper alone."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from kvsplice_kernels.checks import check_dense, check_floats, next_power_of_2
 from kvsplice_kernels.dispatch import Binding, Bound, launcher
 from kvsplice_kernels.latents import add_product
+from kvsplice_kernels.launch import takes_64_rows
 from kvsplice_kernels.packing import to_float
 from kvsplice_kernels.pdl import pdl_options, wait
 from kvsplice_kernels.query_tiles import check_requests, find_tile, num_query_tiles, request_lens
@@ -202,7 +203,8 @@ def bind_reduce(
     check_dense("v_mean", v_mean, (H, head_dim))
     check_floats("out", out[:T], (T, num_heads, head_dim))
     group, rank_pad = num_heads // H, max(16, next_power_of_2(rank))
-    cut = reduce_tiles(T * num_heads, group, max_query_len, head_dim, rank_pad, num_splits)
+    tall = takes_64_rows(latent.device)
+    cut = reduce_tiles(T * num_heads, group, max_query_len, head_dim, rank_pad, num_splits, tall)
     if T == 0 or num_reqs == 0:
         tiles = 0
     elif max_query_len == 1:
@@ -236,13 +238,13 @@ class ReduceTiles(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def reduce_tiles(
-    total_rows: int, group: int, max_query_len: int, head_dim: int, rank_pad: int, num_splits: int
+    total_rows: int, group: int, max_query_len: int, head_dim: int, rank_pad: int, num_splits: int, tall: bool
 ) -> ReduceTiles:
     """The fastest of a sweep at 28/4 heads x 128 and 1 x 32k, 8 x 8k, 16 x 32k, 64 x 4k and 256 x 2k tokens, and, of several tokens a
     request, at 64 x 4k, 16 x 32k, 4 x 8k and 1 x 32k.
 
     One row a program for few rows, with as many splits in flight as registers hold; else the rows of one dot, more of
-    them where there is nothing to merge.
+    them where there is nothing to merge. ``tall``: 64 of them do not spill, as they do but with Hopper's tensor cores.
     """
     splits, widest = next_power_of_2(num_splits), max(16, next_power_of_2(head_dim))
     narrow, wide = (min(widest, max(16, d * 128 // rank_pad)) for d in (64, 128))
@@ -251,7 +253,8 @@ def reduce_tiles(
         at_once = max(1, min(splits, (64 if few else 32) * 128 // rank_pad))
         return ReduceTiles(1, 1, 1, narrow if few else wide, at_once, 8 if few else 4)
     merges, several = num_splits > 1, max_query_len > 1
-    tokens = max(1, (16 if merges else 64 if several and total_rows >= MANY_ROWS else 32) // group)
+    tall = tall and several and total_rows >= MANY_ROWS and rank_pad <= 128
+    tokens = max(1, (16 if merges else 64 if tall else 32) // group)
     if several:  # else of different requests
         tokens = min(next_power_of_2(max_query_len), tokens)
     rows = max(16, next_power_of_2(tokens * group))

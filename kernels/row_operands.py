@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operands of decode_rows: queries, and a tile of keys or values unpacked as one, in an order of columns that costs nothing.
 
-In: q_latent, pages of codes, plans. Out: [rows, columns] tiles of fp16, and of the model's floats for 16-bit tiers; the bases in
-that order of columns, so that queries come and latents go in it (in_columns). A side has one tile of all its codes: a dot, a barrier and a fence for every chunk of them cost more than the chunks, and dots of
-several widths came out wrong (Triton 3.6, sm_90). Codes are loaded and unpacked in words of four bytes.
+In: q_latent, pages of codes, plans. Out: [rows, columns] tiles of fp16, and of the model's floats for 16-bit tiers; and the bases in
+that order of columns, so that queries come and latents go in it (in_columns). A side has one tile of all its codes: a dot,
+a barrier and a fence for every chunk of them cost more than the chunks, and dots of several widths came out wrong (Triton 3.6,
+sm_90). Codes are loaded and unpacked in words of four bytes.
 
 An unpacked latent is exact under scales from 2**-15 on: a code of 8 bits times a scale of 4 has 11, fp16's significand, and in
 units of UNIT the greatest scale's products are below 65504. Smaller scales, of rows whose greatest magnitude is 4e-3 or less (8 bits),

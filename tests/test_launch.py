@@ -34,7 +34,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(config_files, "find_spec", lambda _: Spec([str(tmp_path)]))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: GPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    caches = launch._tuned, launch._of_gpu, kernels_launch._takes_64_rows
+    caches = launch._tuned, launch._of_gpu, kernels_launch.takes_64_rows
     for cache in caches:
         cache.cache_clear()
     yield tmp_path / "launch"
@@ -278,3 +278,69 @@ def test_warm_up_meets_the_splits_of_every_launch(serving):
             for counts in ([n for n, q in steps if q == query_len], range(1, 65))
         ]
         assert kinds[0] >= kinds[1]
+
+
+def compiled_variants(codec, num_reqs: int, query_len: int, splits: int, found) -> set[object]:
+    """Constants of a decode step's three kernels, as their launchers choose them."""
+    from kvsplice_kernels.decode import bind_decode, latent_ranks
+    from kvsplice_kernels.encode import Prepared
+    from kvsplice_kernels.reduce_expand import bind_reduce
+    from kvsplice_kernels.write_and_project import bind_write_and_project
+
+    layout, heads, H, D, T = codec.layout, codec.num_heads, codec.num_kv_heads, 128, num_reqs * query_len
+    plans, rows = (layout.plan("k", 16), layout.plan("v", 16)), found is not None
+    k, v = latent_ranks(*plans, found)
+
+    def meta(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def planes(*shape):
+        return meta(H, 2, *shape, dtype=torch.bfloat16)
+
+    ranks = layout.rank("k"), layout.rank("v")
+    (ke, ko), (ve, vo) = ((planes(r, D), meta(H, r)) for r in ranks)
+    prepared = Prepared(ke, ko, ve, vo, planes(ranks[0], D), meta(H, D), planes(D, ranks[1]), meta(H, D))
+    if rows:
+        prepared = prepared._replace(k_columns=planes(k, D), v_columns=planes(D, v))
+    cache = meta(1, H, 16, layout.bytes_per_token_head, dtype=torch.uint8)
+    numbers, slots = meta(num_reqs + 1, dtype=torch.int32), meta(T, dtype=torch.int64)
+    query, key = (meta(T, n, D, dtype=torch.bfloat16) for n in (heads, H))
+    q_latent, q_bias, latent, lse = meta(T, heads, k), meta(T, heads), meta(T, heads, splits, v), meta(T, heads, splits)
+    table = meta(num_reqs, 8, dtype=torch.int32)
+    _, v_decode = prepared.decodes(rows)
+    bounds = (
+        bind_write_and_project(query, key, key, cache, slots, prepared, *plans, q_latent, q_bias, rows=rows),
+        bind_decode(
+            q_latent, q_bias, cache, *plans, table, numbers[1:], numbers, latent, lse, 0.1, query_len, launch=found
+        ),
+        bind_reduce(latent, lse, v_decode, prepared.v_mean, numbers[1:], numbers, query, query_len),
+    )
+    return {(name, *bound.launch[3].items()) for name, (bound, _) in zip("wdr", bounds, strict=True)}
+
+
+@pytest.mark.parametrize("heads, H", [(14, 2), (7, 1), (4, 1), (10, 2), (16, 2)])
+def test_warm_up_meets_every_variant_of_padded_columns(serving, monkeypatch, heads, H):
+    """V has 80 dimensions and, as rows, 128 columns: the same step is another variant by its launch."""
+    from kvsplice_kernels.decode import query_tile
+    from kvsplice_kernels.launch import Launch
+    from vllm_kvsplice.serving import warm_up
+    from vllm_kvsplice.serving.attention_layer import LayerCodec, Limits
+
+    def tuned(layout, group, max_query_len, device):
+        return Launch(4, programs=2, rows=64) if query_tile(group, max_query_len)[1] >= 32 else None
+
+    triton_path, cpu = serving[0], torch.device("cpu")
+    monkeypatch.setattr(triton_path, "tuned", tuned)
+    monkeypatch.setattr("kvsplice_kernels.reduce_expand.takes_64_rows", lambda device: True)
+    monkeypatch.setattr(warm_up, "takes_64_rows", lambda device: True)
+    layout = LatentLayout.of(128, [(8, 32), (4, 96)], [(8, 16), (4, 64), (0, 48)])
+    codec = LayerCodec(layout, layout.bytes_per_token_head, torch.bfloat16, heads, H, 0.1, None, None)
+
+    def variants(num_reqs: int, query_len: int) -> set[object]:
+        splits = triton_path.num_splits(codec, num_reqs, query_len, 32768, cpu)
+        return compiled_variants(codec, num_reqs, query_len, splits, tuned(layout, heads // H, query_len, cpu))
+
+    steps = warm_up.decode_steps(codec, 16, 8, Limits(40, 8192, 32768), cpu)
+    warm = set().union(*(variants(*step) for step in steps))
+    met = set().union(*(variants(n, q) for n in range(1, 41) for q in range(1, 9)))
+    assert met <= warm and len(steps) < 60

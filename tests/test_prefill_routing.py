@@ -123,7 +123,16 @@ def splits(query: int, context: int, copies: int = 1, heads: int = 4, known: boo
     requests = Prefills(copies, query * copies, query, 10**6, starts, lens, starts[None], starts, [False] * copies,
                         lens if known else None)  # fmt: skip
     codec = codec_of(cases.Case(seq_lens=(1,), query_lens=(1,), num_kv_heads=heads, group=7))
-    return routes.cut_keys(codec, requests, torch.device("cpu")).splits
+    return routes.cut_keys(codec, requests, False, torch.device("cpu")).splits
+
+
+def test_first_chunks_count_where_they_are_not_skipped(an_h200: None) -> None:
+    starts = torch.tensor([0, *range(8, 8 + 29 * 9, 9)], dtype=torch.int32)
+    lens, first = torch.tensor([2056] + [9] * 28), [False] + [True] * 28
+    requests = Prefills(29, int(starts[-1]), 9, 2056, starts, lens, starts[None], starts, first, lens)
+    codec = codec_of(cases.Case(seq_lens=(1,), query_lens=(1,), num_kv_heads=4, group=7))
+    skipped, whole = (routes.cut_keys(codec, requests, with_fresh, torch.device("cpu")) for with_fresh in (True, False))
+    assert (skipped.splits, whole.splits) == (1, 1) and whole.fill == 29 * skipped.fill == 29 * 4 / 264
 
 
 def test_few_rows_over_long_context_split_the_keys(columns: None) -> None:
@@ -152,7 +161,7 @@ def test_a_step_that_fills_the_gpu_several_times_takes_as_long(an_h200: None) ->
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("heads", [1, 4])
 def test_every_variant_of_a_split_prefill_is_compiled_before_the_first_request(head_dim: int, heads: int) -> None:
-    """Over all steps that num_splits may cut: reduce_expand's variants are its split count and its tiles."""
+    """Over all steps that cut_keys may cut: reduce_expand's variants are its split count and its tiles."""
     codec = codec_of(
         cases.Case(
             seq_lens=(1,),
@@ -166,13 +175,14 @@ def test_every_variant_of_a_split_prefill_is_compiled_before_the_first_request(h
     )
 
     def variant(tokens: int, splits: int) -> Any:
-        tiles = reduce_tiles(tokens * codec.num_heads, 7, routes.LONG_STEP, head_dim, head_dim, splits)
+        tiles = reduce_tiles(tokens * codec.num_heads, 7, routes.LONG_STEP, head_dim, head_dim, splits, False)
         return splits, tiles
 
-    compiled = {variant(*step) for step in warm_up.split_steps(codec, 8192)}
+    steps = warm_up.split_steps(codec, 8192, torch.device("cpu"))
+    compiled = {variant(*step) for step in steps}
     most = routes.LATENT_TOKENS
     assert compiled == {variant(t, s) for s in (1, *routes.PREFILL_SPLITS) for t in range(1, most // s + 1)}
-    assert len(warm_up.split_steps(codec, 8192)) <= 19
+    assert len(steps) <= 19
 
 
 class TestRouting:

@@ -112,10 +112,10 @@ def plan(codec: LayerCodec, requests: Prefills, with_fresh: bool, device: torch.
 
 
 def _plan_of(codec: LayerCodec, requests: Prefills, with_fresh: bool, device: torch.device) -> list[Piece] | None:
-    """Codecs that differ in layout alone have the same pieces, and one copy of their numbers."""
+    """Codecs that differ in layout alone have the same pieces, and one copy of their numbers, unless their kernels differ too."""
     limits = requests.limits or Limits(requests.num_reqs, requests.num_tokens, requests.max_seq_len)
     window, capacity = codec.sliding_window, scratch_tokens(codec, limits)
-    cut = routes.cut_keys(codec, requests, device)
+    cut = routes.cut_keys(codec, requests, with_fresh, device)
     key = cut, window, capacity, codec.num_heads // codec.num_kv_heads, codec.num_kv_heads, with_fresh, device
     return once(requests.shared, key, lambda: _plan(requests, *key))
 

@@ -52,23 +52,25 @@ class Work(NamedTuple):
     pieces: int  # in which they would be expanded
 
 
-def cut_keys(codec: LayerCodec, requests: Prefills, device: torch.device) -> Cut:
+def cut_keys(codec: LayerCodec, requests: Prefills, with_fresh: bool, device: torch.device) -> Cut:
     """The same for all layers of a kind: few query tokens, the end of a prompt that is cached, would leave the GPU empty. As many
     splits as the programs that lie on a multiprocessor, each with four tiles of keys or more, and the scratch of a longer step
-    allow."""
+    allow. ``with_fresh``: first chunks attend to fresh keys and values, and the latent kernel skips them."""
     group = codec.num_heads // codec.num_kv_heads
 
     def choose() -> Cut:
         launch = tuned(codec.layout, group, LONG_STEP, device)
-        return _cut(group, codec.num_kv_heads, requests, multiprocessors(device), launch)
+        return _cut(group, codec.num_kv_heads, requests, with_fresh, multiprocessors(device), launch)
 
-    return once(requests.shared, ("cut", codec, device), choose)
+    return once(requests.shared, ("cut", codec, with_fresh, device), choose)
 
 
-def _cut(group: int, num_kv_heads: int, requests: Prefills, num_sms: int, launch: Launch | None) -> Cut:
+def _cut(
+    group: int, num_kv_heads: int, requests: Prefills, with_fresh: bool, num_sms: int, launch: Launch | None
+) -> Cut:
     rows = launch is not None and launch.rows is not None
     tile_tokens, _ = launched_tile(group, LONG_STEP, launch)
-    programs = _query_tiles(requests, tile_tokens) * num_kv_heads
+    programs = _query_tiles(requests, with_fresh, tile_tokens) * num_kv_heads
     known = requests.seq_lens_cpu
     longest = requests.max_seq_len if known is None else int(known.max())
     at_once = num_sms * (launch.programs if launch is not None and rows else PREFILL_PROGRAMS)
@@ -79,13 +81,13 @@ def _cut(group: int, num_kv_heads: int, requests: Prefills, num_sms: int, launch
     return Cut(splits, programs * splits / at_once, ROWS_KEY_US if rows else COLUMNS_KEY_US)
 
 
-def _query_tiles(requests: Prefills, tile_tokens: int) -> int:
-    """Tiles of query tokens that the latent kernel has work for: not those of first chunks beside others, which it skips."""
+def _query_tiles(requests: Prefills, with_fresh: bool, tile_tokens: int) -> int:
+    """Tiles of query tokens that the latent kernel has work for."""
     if requests.seq_lens_cpu is None:
         return num_query_tiles(requests.num_tokens, requests.num_reqs, LONG_STEP, tile_tokens)
     query_lens = requests.query_start_loc_cpu.diff().tolist()
-    own = [n for n, first in zip(query_lens, requests.first_chunk, strict=True) if not first] or query_lens
-    return max(1, sum(-(-n // tile_tokens) for n in own))
+    skipped = [with_fresh and first for first in requests.first_chunk]
+    return max(1, sum(-(-n // tile_tokens) for n, skip in zip(query_lens, skipped, strict=True) if not skip))
 
 
 def latent_is_faster(cut: Cut, work: Work, num_kv_heads: int) -> bool:

@@ -129,7 +129,7 @@ def prefill(
         return
     # As an upper bound: with the true one every short tail of a prompt would be a kernel variant of its own.
     longest = max(requests.max_query_len, LONG_STEP)
-    splits = routes.cut_keys(codec, requests, query.device).splits
+    splits = routes.cut_keys(codec, requests, fresh is not None, query.device).splits
     attend_codes(
         codec, tensors, query, written, kv_cache, requests, out, splits, skip_first_chunks=first, longest=longest
     )

@@ -10,17 +10,18 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import product
 
 import torch
 from torch import Tensor
 
 from kvsplice_kernels.cache_write import write_tiles
 from kvsplice_kernels.checks import next_power_of_2
-from kvsplice_kernels.decode import launched_tile
+from kvsplice_kernels.decode import latent_ranks, launched_tile
+from kvsplice_kernels.launch import takes_64_rows
 from kvsplice_kernels.project_query import query_tiles
-from kvsplice_kernels.reduce_expand import reduce_tiles
+from kvsplice_kernels.reduce_expand import ReduceTiles, reduce_tiles
 from kvsplice_kernels.write_and_project import step_sizes
+from vllm_kvsplice.codec.layout import BLOCK_MULTIPLE, SIDES
 from vllm_kvsplice.serving import cached_prefill
 from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits, prepared_for
 from vllm_kvsplice.serving.metadata import Requests
@@ -40,6 +41,7 @@ from vllm_kvsplice.serving.triton_path import (
 )
 
 THREADS = 8
+MOST_QUERY_LENS = 64  # of decode steps that are looked at one by one; a tile has no more tokens
 Step = Callable[[], None]
 
 
@@ -83,7 +85,7 @@ def warm_up(
 
     sizes = step_sizes(most, codec.num_heads, codec.num_kv_heads, D, *plans(codec, cache))
     steps += [partial(long_step, tokens) for tokens in sizes]
-    steps += [partial(latent_step, *s) for s in split_steps(codec, most)]
+    steps += [partial(latent_step, *s) for s in split_steps(codec, most, device)]
     steps += [partial(decode_step, *s) for s in decode_steps(codec, block_size, decode_query_len, limits, device)]
     _run_together(steps, device)
 
@@ -110,39 +112,56 @@ def decode_steps(
     """(requests, query tokens of each) of few decode steps that meet every variant of every kernel."""
     group, layout = codec.num_heads // codec.num_kv_heads, codec.layout
     both = layout.plan("k", block_size), layout.plan("v", block_size)
-    rank_pad = max(16, next_power_of_2(layout.rank("v")))
-    query_lens = {min(1 << i, decode_query_len) for i in range(decode_query_len.bit_length() + 1)}
-    tiles = {launched_tile(group, q, launch_of(codec, q, device))[0] for q in query_lens}  # the most tokens of one
-    query_lens |= {tokens for tokens in tiles if tokens < decode_query_len}
+    head_dim = layout.head_dim
     seen: set[object] = set()
     found: list[tuple[int, int]] = []
-    for query_len, num_reqs in product(sorted(query_lens), range(1, limits.max_num_seqs + 1)):
-        tokens = num_reqs * query_len
-        if tokens > max(limits.max_num_batched_tokens, query_len):
-            continue
-        project = query_tiles(tokens, group, layout.head_dim, layout.rank("k"))
-        block_t = write_tiles(tokens, codec.num_kv_heads, layout.head_dim, both).block_t
-        splits = num_splits(codec, num_reqs, query_len, limits.max_model_len, device)
-        tiles = reduce_tiles(tokens * codec.num_heads, group, query_len, layout.head_dim, rank_pad, splits)
-        write = "write", block_t, project.block_m, project.block_r
-        reduce = "reduce", query_len == 1, query_len <= tiles.tile_tokens, (splits - 1).bit_length(), tiles
-        variants = {write, ("decode", query_len), reduce}
-        if not variants <= seen:
-            seen |= variants
-            found.append((num_reqs, query_len))
+    for query_len in _query_lens(decode_query_len):
+        launch = launch_of(codec, query_len, device)
+        ranks = k_rank, v_rank = latent_ranks(*both, launch)
+        tile = launched_tile(group, query_len, launch)
+        for num_reqs in range(1, limits.max_num_seqs + 1):
+            tokens = num_reqs * query_len
+            if tokens > max(limits.max_num_batched_tokens, query_len):
+                break
+            project = query_tiles(tokens, group, head_dim, k_rank)
+            block_t = write_tiles(tokens, codec.num_kv_heads, head_dim, both).block_t
+            splits = num_splits(codec, num_reqs, query_len, limits.max_model_len, device)
+            tiles = _reduce_tiles(codec, tokens, query_len, v_rank, splits, device)
+            write = "write", block_t, project.block_m, project.block_r, k_rank
+            step = "decode", launch, tile, query_len <= tile[0], *ranks
+            reduce = "reduce", query_len == 1, query_len <= tiles.tile_tokens, (splits - 1).bit_length(), tiles, v_rank
+            variants = {write, step, reduce}
+            if not variants <= seen:
+                seen |= variants
+                found.append((num_reqs, query_len))
     return found
 
 
-def split_steps(codec: LayerCodec, max_tokens: int) -> list[tuple[int, int]]:
+def _query_lens(most: int) -> list[int]:
+    """Query lengths of decode steps; of many, those at which a tile may end."""
+    return sorted(
+        {*range(1, min(most, MOST_QUERY_LENS) + 1), *(min(1 << i, most) for i in range(most.bit_length() + 1))}
+    )
+
+
+def split_steps(codec: LayerCodec, max_tokens: int, device: torch.device) -> list[tuple[int, int]]:
     """(tokens, splits) of few steps that meet every variant of reduce_expand that ``routes.cut_keys`` can ask for."""
-    group, layout = codec.num_heads // codec.num_kv_heads, codec.layout
-    rank_pad = max(16, next_power_of_2(layout.rank("v")))
+    both = (codec.layout.plan(side, BLOCK_MULTIPLE) for side in SIDES)
+    _, v_rank = latent_ranks(*both, launch_of(codec, LONG_STEP, device))
     found: dict[object, tuple[int, int]] = {}
     for splits in (1, *PREFILL_SPLITS):
         for tokens in range(1, min(LATENT_TOKENS // splits, max_tokens) + 1):
-            tiles = reduce_tiles(tokens * codec.num_heads, group, LONG_STEP, layout.head_dim, rank_pad, splits)
+            tiles = _reduce_tiles(codec, tokens, LONG_STEP, v_rank, splits, device)
             found.setdefault((splits, tiles), (tokens, splits))
     return list(found.values())
+
+
+def _reduce_tiles(
+    codec: LayerCodec, tokens: int, query_len: int, v_rank: int, splits: int, device: torch.device
+) -> ReduceTiles:
+    group, rank_pad = codec.num_heads // codec.num_kv_heads, max(16, next_power_of_2(v_rank))
+    tall = takes_64_rows(device)
+    return reduce_tiles(tokens * codec.num_heads, group, query_len, codec.layout.head_dim, rank_pad, splits, tall)
 
 
 def _empty_requests(num_reqs: int, max_query_len: int, max_seq_len: int, device: torch.device) -> Requests:
