@@ -14,10 +14,11 @@ pytest.importorskip("vllm")
 
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from kvsplice_kernels.encode import prepare
 from vllm_kvsplice.codec.layout import LatentLayout
 from vllm_kvsplice.codec.projector import Basis, LayerProjector, Projector, default_layer
 from vllm_kvsplice.errors import KVSpliceError
-from vllm_kvsplice.serving import startup
+from vllm_kvsplice.serving import attention_layer, startup
 from vllm_kvsplice.serving.attention_layer import (
     LayerCodec,
     attach,
@@ -110,8 +111,36 @@ def test_buffers_are_replaced_in_place_and_not_saved() -> None:
     assert bases_of(layer).v_encode.shape == (4, 40, 64)
 
 
+def test_buffers_of_queries_as_rows_are_replaced_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU with such launches, where the bases are held in the kernel's order of columns too."""
+    from kvsplice_kernels.row_operands import column_order, in_columns
+
+    def with_columns(bases: Any, layout: LatentLayout, device: torch.device) -> Any:
+        return in_columns(prepare(*bases), layout.plan("k", 16), layout.plan("v", 16))
+
+    layer = nn.Module()
+    attach(layer, projector(A).layers[0], torch.device("cpu"))
+    assert prepared_of(layer).k_columns is None
+    monkeypatch.setattr(attention_layer, "prepared_for", with_columns)
+    attach(layer, projector(A).layers[0], torch.device("cpu"))
+    where, prepared = addresses(layer), prepared_of(layer)
+    for columns, natural, side in (
+        (prepared.k_columns, prepared.k_decode, "k"),
+        (prepared.v_columns, prepared.v_decode.mT, "v"),
+    ):
+        order = list(column_order(A.plan(side, 16)))
+        assert sorted(d for d in order if d >= 0) == list(range(A.rank(side)))
+        columns = columns if side == "k" else columns.mT
+        assert torch.equal(
+            columns[:, :, [i for i, d in enumerate(order) if d >= 0]], natural[:, :, [d for d in order if d >= 0]]
+        )
+        assert not columns[:, :, [i for i, d in enumerate(order) if d < 0]].any()
+    attach(layer, projector(A, A).layers[1], torch.device("cpu"))
+    assert addresses(layer) == where and not layer.state_dict()
+
+
 def addresses(layer: nn.Module) -> list[int]:
-    return [tensor.data_ptr() for tensor in (*bases_of(layer), *prepared_of(layer))]
+    return [tensor.data_ptr() for tensor in (*bases_of(layer), *prepared_of(layer)) if tensor is not None]
 
 
 def test_the_start_up_line_counts_everything() -> None:
