@@ -13,7 +13,7 @@ from torch import Tensor
 from kvsplice_kernels.decode import TILE, bind_decode, latent_ranks
 from kvsplice_kernels.dispatch import Bound, launcher
 from kvsplice_kernels.encode import Prepared
-from kvsplice_kernels.launch import PROGRAMS, Launch
+from kvsplice_kernels.launch import PROGRAMS, Launch, has_rows
 from kvsplice_kernels.plan import Plan
 from kvsplice_kernels.project_query import bind_project
 from kvsplice_kernels.reduce_expand import bind_reduce
@@ -121,7 +121,7 @@ def bind_attention(
         shapes = workspace_shapes(num_tokens, num_heads, *latent_ranks(k_plan, v_plan, launch), num_splits)
         workspace = Workspace(*(torch.empty(s, dtype=torch.float32, device=query.device) for s in shapes))
     q_latent, q_bias, latent, lse = workspace
-    rows = launch is not None and launch.rows is not None
+    rows = has_rows(launch)
     k_decode, v_decode = prepared.decodes(rows)
     bound = BoundAttention(
         None if projected else bind_project(query, k_decode, prepared.k_mean, q_latent, q_bias)[0],

@@ -32,7 +32,7 @@ from kvsplice_kernels.accumulate import (
 from kvsplice_kernels.checks import check_cache, check_dense, next_power_of_2, wide_type
 from kvsplice_kernels.decode_rows import attend_rows
 from kvsplice_kernels.dispatch import Binding, Bound, launcher
-from kvsplice_kernels.launch import Launch, default_launch
+from kvsplice_kernels.launch import Launch, default_launch, has_rows
 from kvsplice_kernels.logits import Q_STEP, cast_query, load_query, logits
 from kvsplice_kernels.operands import SUB, load_scales, pages_of
 from kvsplice_kernels.packing import floor_power_of_two, inverse_power_of_two, page_of, tanh
@@ -237,10 +237,11 @@ def launched_tile(group: int, max_query_len: int, launch: Launch | None) -> tupl
 
 
 def latent_ranks(k_plan: Plan, v_plan: Plan, launch: Launch | None) -> tuple[int, int]:
-    """k_rank of q_latent and v_rank of latent: with queries as rows the columns of their operands, padding counted."""
-    if launch is None or launch.rows is None:
-        return rank_of(k_plan), rank_of(v_plan)
-    return len(column_order(k_plan)), len(column_order(v_plan))
+    """k_rank of q_latent and v_rank of latent, as a launch (None: the default) has them: with queries as rows the columns of
+    its operands, padding counted."""
+    if has_rows(launch):
+        return len(column_order(k_plan)), len(column_order(v_plan))
+    return rank_of(k_plan), rank_of(v_plan)
 
 
 def bind_decode(

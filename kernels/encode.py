@@ -28,11 +28,16 @@ class Prepared(NamedTuple):
     v_columns: Tensor | None = None  # [H, 2, head_dim, columns] bf16
 
     def decodes(self, rows: bool) -> tuple[Tensor, Tensor]:
-        """Planes of K and V for a launch with queries as ``rows``, or without; raises ValueError where they were not made."""
+        """k_decode and v_decode for a launch with queries as ``rows``, or without, shapes as above with its columns for the
+        rank; raises ValueError where they were not made."""
         k, v = (self.k_columns, self.v_columns) if rows else (self.k_decode, self.v_decode)
         if k is None or v is None:
             raise ValueError("prepared: expected bases of row_operands.in_columns for a launch with queries as rows")
         return k, v
+
+    def of_a_step(self, rows: bool) -> tuple[Tensor, ...]:
+        """What write_and_project reads, in its order; ``rows``, and what is raised, as in ``decodes``."""
+        return *self[:4], self.decodes(rows)[0], self.k_mean  # type: ignore[return-value]
 
 
 def split(matrix: Tensor) -> Tensor:

@@ -41,6 +41,11 @@ class Launch:
         return options if self.maxnreg is None else options | {"maxnreg": self.maxnreg}
 
 
+def has_rows(launch: Launch | None) -> bool:
+    """Whether a launch, None the default, has queries as rows."""
+    return launch is not None and launch.rows is not None
+
+
 @lru_cache(maxsize=8)
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; 1 elsewhere."""

@@ -101,31 +101,32 @@ def num_columns(plan, wide):
 
 
 @triton.constexpr_function
-def _run(width, most):
+def _run(width, wide):
+    """Columns that stay together: 16 bytes where they are keys or values, elements of 16-bit tiers or words of two codes."""
+    most = 8 if wide else 4
     return width if width >= 8 * most else min(most, max(1, width // 4))
 
 
 @triton.jit
-def _beside(a, b, MOST: tl.constexpr):
-    """Columns of both, in alternating runs, of MOST at most, that stay whole in a thread: nothing moves. From 128 bytes on, a
+def _beside(a, b, WIDE_ONES: tl.constexpr):
+    """Columns of both, in alternating runs that stay whole in a thread: nothing moves. From 128 bytes on, a
     row of shared memory, one after the other: then the two threads of a token store to different banks."""
     R: tl.constexpr = a.shape[0]
     W: tl.constexpr = a.shape[1]
-    RUN: tl.constexpr = _run(W, MOST)
+    RUN: tl.constexpr = _run(W, WIDE_ONES)
     joined = tl.join(tl.reshape(a, [R, W // RUN, RUN]), tl.reshape(b, [R, W // RUN, RUN]))
     return tl.reshape(tl.permute(joined, (0, 1, 3, 2)), [R, 2 * W])
 
 
 @triton.jit
 def _tile_of(parts, PLAN: tl.constexpr, WIDE_ONES: tl.constexpr):
-    """Pieces [R, width] side by side, as _merges says, in runs of 16 bytes where they are keys or values."""
-    RUN: tl.constexpr = 8 if WIDE_ONES else 4
+    """Pieces [R, width] side by side, as _merges says."""
     for i in tl.static_range(_num_merges(PLAN, WIDE_ONES)):
         left = parts[_merges(PLAN, WIDE_ONES)[i][0]]
         if _merges(PLAN, WIDE_ONES)[i][1] < 0:
-            parts = parts + (_beside(left, tl.zeros_like(left), RUN),)
+            parts = parts + (_beside(left, tl.zeros_like(left), WIDE_ONES),)
         else:
-            parts = parts + (_beside(left, parts[_merges(PLAN, WIDE_ONES)[i][1]], RUN),)
+            parts = parts + (_beside(left, parts[_merges(PLAN, WIDE_ONES)[i][1]], WIDE_ONES),)
     return parts[len(parts) - 1]
 
 
@@ -151,7 +152,7 @@ def _merged(plan: Plan, wide: bool, half: int) -> list[int]:
     parts = [_piece_dims(plan, wide, i, half) for i in range(_num_pieces(plan, wide))]
     for left, right in _merges(plan, wide):
         a, b = parts[left], parts[right] if right >= 0 else [-1] * len(parts[left])
-        run = _run(len(a), 8 if wide else 4)
+        run = _run(len(a), wide)
         parts.append([d for i in range(0, len(a), run) for d in a[i : i + run] + b[i : i + run]])
     return parts[-1] if parts else []
 
@@ -173,7 +174,13 @@ def _piece_dims(plan: Plan, wide: bool, i: int, half: int) -> list[int]:
 
 def in_columns(prepared: Prepared, k_plan: Plan, v_plan: Plan) -> Prepared:
     """A layer's bases for launches with queries as rows: project_query makes the columns of K, and reduce_expand takes those of V, in the
-    order that decode_rows has them in. Columns of padding are zeros."""
+    order that decode_rows has them in.
+
+    Args:
+        prepared: of encode.prepare. k_plan, v_plan: LatentLayout.plan("k" | "v", any block size).
+    Returns:
+        The same with k_columns and v_columns, as wide as column_order is long; columns of padding are zeros.
+    """
     k, v = (torch.tensor(column_order(plan), device=prepared.k_decode.device) for plan in (k_plan, v_plan))
     k_columns = prepared.k_decode[:, :, k.clamp(min=0)].contiguous()
     v_columns = prepared.v_decode[:, :, :, v.clamp(min=0)].contiguous()

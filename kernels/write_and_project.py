@@ -97,7 +97,7 @@ def bind_write_and_project(
             reads KV head h // (num_heads // H).
         key, value: [>= S, H, head_dim], likewise. kv_cache: [num_blocks, H, block_size, C] uint8, outer strides free.
         slot_mapping: [S] int64; slot = block * block_size + offset, a negative one is skipped. S and T are independent.
-        prepared: of encode.prepare, for H heads.
+        prepared: of encode.prepare, for H heads, and of row_operands.in_columns where ``rows``.
         k_plan, v_plan: LatentLayout.plan("k" | "v", block_size). wide_dtype: of 16-bit tiers.
         q_latent: [T, num_heads, k_rank] fp32; q_bias: [T, num_heads] fp32.
         rows: for a launch with queries as rows, where q_latent has the columns of prepared.k_columns.
@@ -107,8 +107,8 @@ def bind_write_and_project(
         ValueError: a tensor has the wrong dtype, shape or strides.
     """
     check_write(key, value, kv_cache, slot_mapping, prepared, k_plan, v_plan)
-    q_planes, _ = prepared.decodes(rows)
-    check_query(query, q_planes, prepared.k_mean, q_latent, q_bias)
+    bases = prepared.of_a_step(rows)
+    check_query(query, *bases[4:], q_latent, q_bias)
     num_tokens, (H, head_dim) = slot_mapping.shape[0], key.shape[1:]
     num_queries, group, q_rank = query.shape[0], query.shape[1] // H, q_latent.shape[2]
     write = write_tiles(num_tokens, H, head_dim, (k_plan, v_plan))
@@ -125,18 +125,7 @@ def bind_write_and_project(
         Q_RANK=q_rank, BLOCK_M=project.block_m, BLOCK_R=project.block_r, COLUMNS=project.columns, QUERY_BLOCK_D=project.block_d,
         num_warps=NUM_WARPS, num_stages=1, **pdl_options(key.device),
     )  # fmt: skip
-    return bound, (
-        query,
-        key,
-        value,
-        kv_cache,
-        slot_mapping,
-        *prepared[:4],
-        q_planes,
-        prepared.k_mean,
-        q_latent,
-        q_bias,
-    )
+    return bound, (query, key, value, kv_cache, slot_mapping, *bases, q_latent, q_bias)
 
 
 write_and_project = launcher(bind_write_and_project)

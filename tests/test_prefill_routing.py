@@ -18,6 +18,7 @@ from torch import Tensor
 pytest.importorskip("vllm")
 
 from prefill_cases import attention, codec_of, num_bytes, requests_of
+from result_files import RESULTS
 
 from kvsplice_kernels.expand_cached import START_MULTIPLE
 from kvsplice_kernels.launch import Launch
@@ -110,6 +111,15 @@ def test_on_hopper_short_ends_stay_latent(an_h200: None) -> None:
     assert not expanded(16, 2048) and not expanded(16, 8192, copies=4) and not expanded(16, 2048, copies=8)
     assert expanded(8, 2048, copies=200)  # above the tokens that the latent kernel has scratch for
     assert expanded(16, 32768, first=900) and not expanded(16, 32768, first=40)  # beside 900 there is none for splits
+
+
+def test_the_faster_way_is_taken_wherever_both_were_measured(an_h200: None) -> None:
+    us = {(r["chunk"], r["way"]): r["graph_us"] for r in RESULTS["prefill-ways-h200"]["rows"]}
+    chunks = [chunk for chunk, way in us if way == "latent"]
+    assert len(chunks) == 12
+    for chunk in chunks:
+        copies, query, context = map(int, chunk.split("x"))
+        assert expanded(query, context, copies=copies) == (us[chunk, "expanded"] < us[chunk, "latent"]), chunk
 
 
 def test_elsewhere_few_rows_stay_latent(columns: None) -> None:

@@ -11,18 +11,19 @@ import re
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvsplice_kernels.decode import query_tile
-from kvsplice_kernels.launch import Launch, rows_launch
+from kvsplice_kernels.launch import Launch, has_rows, rows_launch
 from vllm_kvsplice.codec.layout import LatentLayout
 from vllm_kvsplice.config_files import installed
 from vllm_kvsplice.errors import KVSpliceError
 
 REMAKE = "write it anew with `kvsplice bench launch --json FILE`, or delete it"
+Columns = Literal[8, 16, 32, 64, 128, 256]  # of decode's dots: query_tile's
 Key = tuple[int, int, str]  # head_dim, columns, str(LatentLayout)
 
 
@@ -48,7 +49,7 @@ class Entry(_Strict):
     """
 
     head_dim: int = Field(ge=8)
-    columns: Literal[8, 16, 32, 64, 128, 256]
+    columns: Columns
     layout: str = Field(pattern=r"^K \d+x\d+(\+\d+x\d+)* V \d+x\d+(\+\d+x\d+)*$")
     launch: LaunchParameters | None
     measured: dict[str, Any]
@@ -111,11 +112,9 @@ def _tuned(layout: LatentLayout, columns: int, device: torch.device) -> Launch |
     return found or many_columns(layout, columns, device)
 
 
-def has_rows(layout: LatentLayout, device: torch.device) -> bool:
+def wants_rows(layout: LatentLayout, device: torch.device) -> bool:
     """Whether a device decodes any kind of step of a layout with queries as rows."""
-    columns = (8, 16, 32, 64, 128, 256)
-    launches = (_tuned(layout, n, device) for n in columns) if device.type == "cuda" else ()
-    return any(launch is not None and launch.rows is not None for launch in launches)
+    return device.type == "cuda" and any(has_rows(_tuned(layout, n, device)) for n in get_args(Columns))
 
 
 def many_columns(layout: LatentLayout, columns: int, device: torch.device) -> Launch | None:

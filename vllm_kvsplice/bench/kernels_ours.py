@@ -54,7 +54,7 @@ class Codec:
 
     def plans(self, block_size: int) -> tuple[Any, Any]:
         """Plans of K and V."""
-        return self.layout.plan("k", block_size), self.layout.plan("v", block_size)
+        return self.layout.plans(block_size)
 
     def make_cache(self, num_blocks: int, num_kv_heads: int, block_size: int, device: str) -> Tensor:
         """[num_blocks, num_kv_heads, block_size, C] uint8 zeros."""
@@ -80,7 +80,7 @@ def make_codec(layout: LatentLayout, num_kv_heads: int, device: str) -> Codec:
         tensors += [encode, encode.transpose(1, 2).contiguous(), mean]
     k_encode, k_decode, k_mean, v_encode, v_decode, v_mean = (t.to(device) for t in tensors)
     prepared = prepare(k_encode, k_decode, k_mean, v_encode, v_decode, v_mean)
-    prepared = in_columns(prepared, *(layout.plan(side, PREFERRED_BLOCK_SIZE) for side in sides))
+    prepared = in_columns(prepared, *layout.plans(PREFERRED_BLOCK_SIZE))
     return Codec(layout, k_encode, k_decode, k_mean, v_encode, v_decode, v_mean, prepared)
 
 

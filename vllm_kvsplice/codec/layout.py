@@ -145,6 +145,10 @@ class LatentLayout:
         """The stored tiers of a side with their byte offsets in a page of ``block_size`` tokens."""
         return _plan(self, side, block_size)
 
+    def plans(self, block_size: int) -> tuple[tuple[TierPlan, ...], tuple[TierPlan, ...]]:
+        """The plans of K and V."""
+        return self.plan("k", block_size), self.plan("v", block_size)
+
     def to_json(self) -> dict[str, object]:
         """Plain JSON form; ``from_json`` reads it back."""
         return {"head_dim": self.head_dim} | {s: [[t.bits, t.dims] for t in self.tiers(s)] for s in ("k", "v")}

@@ -317,7 +317,7 @@ def paged_attention(
         [T, num_heads, head_dim] in ``dtype``; 0 in rows that belong to no request or see no key.
     """
     block_size = kv_cache.shape[2]
-    plan_k, plan_v = layout.plan("k", block_size), layout.plan("v", block_size)
+    plan_k, plan_v = layout.plans(block_size)
     out = torch.zeros(query.shape, dtype=dtype, device=query.device)
     k_decode, k_mean, v_decode, v_mean = (t.to(dtype) for t in (k_decode, k_mean, v_decode, v_mean))
     starts, lens = query_start_loc.tolist(), seq_lens.tolist()

@@ -178,10 +178,9 @@ def prepared_for(bases: Bases, layout: LatentLayout, device: torch.device) -> Pr
     if device.type != "cuda":
         return prepared
     from kvsplice_kernels.row_operands import in_columns  # imports Triton, which a CPU need not have
-    from vllm_kvsplice.launch import has_rows
+    from vllm_kvsplice.launch import wants_rows
 
-    plans = (layout.plan(side, BLOCK_MULTIPLE) for side in SIDES)
-    return in_columns(prepared, *plans) if has_rows(layout, device) else prepared
+    return in_columns(prepared, *layout.plans(BLOCK_MULTIPLE)) if wants_rows(layout, device) else prepared
 
 
 def find_layer(vllm_config: Any, impl: object) -> tuple[str, Any]:

@@ -239,11 +239,10 @@ def _bind_fill(
     key: Tensor,
     value: Tensor,
 ) -> Fill:
-    block_size, on_device = kv_cache.shape[2], piece.on_device
+    on_device = piece.on_device
     expand, _ = bind_expand(
         kv_cache,
-        codec.layout.plan("k", block_size),
-        codec.layout.plan("v", block_size),
+        *codec.layout.plans(kv_cache.shape[2]),
         piece.block_table,
         on_device.ends,
         on_device.cu_seqlens,

@@ -2,8 +2,8 @@
 """Which way prefills over cached context go: through the latent kernel, or expanded for FlashAttention; and in how many splits.
 
 In: host numbers of a step. Out: a ``Cut`` of the keys for the latent kernel, and whether it is the faster way. Both ways are
-estimated in microseconds of a layer, fitted to an H200 (docs/results/prefill-ways-h200.json, tests/gpu_ways.py): the ways
-differ by up to three times, the estimates by a third. Next: cached_prefill and triton_path.
+estimated in microseconds of a layer, fitted to an H200: with queries as rows the estimates choose the faster way at every point
+of docs/results/prefill-ways-h200.json (tests/gpu_ways.py). Next: cached_prefill and triton_path.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from typing import NamedTuple
 import torch
 
 from kvsplice_kernels.decode import ROWS_TILE, TILE, launched_tile
-from kvsplice_kernels.launch import Launch, multiprocessors
+from kvsplice_kernels.launch import Launch, has_rows, multiprocessors
 from kvsplice_kernels.query_tiles import num_query_tiles
 from vllm_kvsplice.launch import tuned
 from vllm_kvsplice.serving.attention_layer import LayerCodec
 from vllm_kvsplice.serving.metadata import Prefills, once
 
-LATENT_TOKENS = (
-    1024  # above so many tokens a step is expanded in any case: bounds what the latent kernel's scratch takes
-)
+# Above so many tokens a step is expanded in any case: bounds what the latent kernel's scratch takes.
+LATENT_TOKENS = 1024
 PREFILL_SPLITS = (32, 16, 8, 4)  # of the keys, of few prefill tokens: each is variants of reduce_expand to compile
 PREFILL_PROGRAMS = 4  # of the latent kernel on a multiprocessor, where its launch is not one that counts them
 LONG_STEP = 1024  # tokens: past the sizes at which the launchers change their tiles
 
 # The latent kernel: a step of one key, and each key of the longest split, by a program that has a multiprocessor to itself and
-# by one of as many as lie there.
+# by one of as many as lie there. As columns: 32768 keys in one split on an H200, and half of what 1024 keys take eight programs a
+# multiprocessor (docs/results/launch-columns-h200.json).
 LATENT_US = 17.0
 ROWS_KEY_US, COLUMNS_KEY_US = (1.48 / 64, 1.7 / 64), (1856 / 32768, 0.18)
-# Expanding: a piece's launches, each key of each KV head (its codes read, 16-bit K and V written and read), and FlashAttention's
+# Expanding: a piece's launches, the host's share in them, each key of each KV head (its codes read, 16-bit K and V written and read), and FlashAttention's
 # time for each key that a query row sees.
 PIECE_US, EXPANDED_KEY_US, FLASH_US = 30.0, 0.45e-3, 1.2e-6
 
@@ -68,12 +68,12 @@ def cut_keys(codec: LayerCodec, requests: Prefills, with_fresh: bool, device: to
 def _cut(
     group: int, num_kv_heads: int, requests: Prefills, with_fresh: bool, num_sms: int, launch: Launch | None
 ) -> Cut:
-    rows = launch is not None and launch.rows is not None
+    rows = has_rows(launch)
     tile_tokens, _ = launched_tile(group, LONG_STEP, launch)
     programs = _query_tiles(requests, with_fresh, tile_tokens) * num_kv_heads
     known = requests.seq_lens_cpu
     longest = requests.max_seq_len if known is None else int(known.max())
-    at_once = num_sms * (launch.programs if launch is not None and rows else PREFILL_PROGRAMS)
+    at_once = num_sms * (launch.programs if launch and rows else PREFILL_PROGRAMS)
     most = min(
         at_once // programs, longest // (4 * (ROWS_TILE if rows else TILE)), LATENT_TOKENS // requests.num_tokens
     )

@@ -168,7 +168,7 @@ def reserve(
     expands = flash_attends(codec.layout.head_dim, codec.soft_cap) and codec.layout.head_dim <= FLASH_HEAD_DIM
     query_lens = range(1, decode_query_len + 1)
     launches = [launch_of(codec, n, device) for n in (*query_lens, LONG_STEP)]
-    widest = max(launches, key=lambda launch: sum(latent_ranks(*both_plans(codec, BLOCK_MULTIPLE), launch)))
+    widest = max(launches, key=lambda launch: sum(latent_ranks(*codec.layout.plans(BLOCK_MULTIPLE), launch)))
     wanted = [_shapes(codec, most_latent_tokens(codec, max_tokens), 1, widest)]
     wanted += [_shapes(codec, min(max_tokens, LATENT_TOKENS // n), n, widest) for n in PREFILL_SPLITS]
     if expands:
@@ -218,11 +218,7 @@ def most_latent_tokens(codec: LayerCodec, max_tokens: int) -> int:
 
 
 def plans(codec: LayerCodec, kv_cache: Tensor) -> tuple[Any, Any]:
-    return both_plans(codec, kv_cache.shape[2])
-
-
-def both_plans(codec: LayerCodec, block_size: int) -> tuple[Any, Any]:
-    return codec.layout.plan("k", block_size), codec.layout.plan("v", block_size)
+    return codec.layout.plans(kv_cache.shape[2])
 
 
 def attend_codes(
@@ -249,10 +245,8 @@ def attend_codes(
     )
     if written is not None and write_and_project is not None:
         key, value, slots = written
-        prepared = tensors.prepared
-        q_planes, _ = prepared.decodes(attention.rows)
-        rest = *prepared[:4], q_planes, prepared.k_mean, *attention.work[:2]
-        write_and_project(query, key, value, kv_cache, slots, *rest)
+        bases = tensors.prepared.of_a_step(attention.rows)
+        write_and_project(query, key, value, kv_cache, slots, *bases, *attention.work[:2])
     attention(query, kv_cache, tensors.prepared, requests.block_table, requests.seq_lens, requests.query_start_loc, out)
 
 
@@ -298,7 +292,7 @@ def _bind_codes(
 
 
 def _shapes(codec: LayerCodec, num_tokens: int, splits: int, launch: Launch | None) -> Shapes:
-    ranks = latent_ranks(*both_plans(codec, BLOCK_MULTIPLE), launch)
+    ranks = latent_ranks(*codec.layout.plans(BLOCK_MULTIPLE), launch)
     return tuple((s, torch.float32) for s in workspace_shapes(num_tokens, codec.num_heads, *ranks, splits))
 
 

@@ -21,7 +21,7 @@ from kvsplice_kernels.launch import takes_64_rows
 from kvsplice_kernels.project_query import query_tiles
 from kvsplice_kernels.reduce_expand import ReduceTiles, reduce_tiles
 from kvsplice_kernels.write_and_project import step_sizes
-from vllm_kvsplice.codec.layout import BLOCK_MULTIPLE, SIDES
+from vllm_kvsplice.codec.layout import BLOCK_MULTIPLE
 from vllm_kvsplice.serving import cached_prefill
 from vllm_kvsplice.serving.attention_layer import Bases, LayerCodec, Limits, prepared_for
 from vllm_kvsplice.serving.metadata import Requests
@@ -111,8 +111,7 @@ def decode_steps(
 ) -> list[tuple[int, int]]:
     """(requests, query tokens of each) of few decode steps that meet every variant of every kernel."""
     group, layout = codec.num_heads // codec.num_kv_heads, codec.layout
-    both = layout.plan("k", block_size), layout.plan("v", block_size)
-    head_dim = layout.head_dim
+    both, head_dim = layout.plans(block_size), layout.head_dim
     seen: set[object] = set()
     found: list[tuple[int, int]] = []
     for query_len in _query_lens(decode_query_len):
@@ -138,16 +137,13 @@ def decode_steps(
 
 
 def _query_lens(most: int) -> list[int]:
-    """Query lengths of decode steps; of many, those at which a tile may end."""
-    return sorted(
-        {*range(1, min(most, MOST_QUERY_LENS) + 1), *(min(1 << i, most) for i in range(most.bit_length() + 1))}
-    )
+    """Query lengths of decode steps; longer ones are cut alike."""
+    return sorted({*range(1, min(most, MOST_QUERY_LENS) + 1), most})
 
 
 def split_steps(codec: LayerCodec, max_tokens: int, device: torch.device) -> list[tuple[int, int]]:
     """(tokens, splits) of few steps that meet every variant of reduce_expand that ``routes.cut_keys`` can ask for."""
-    both = (codec.layout.plan(side, BLOCK_MULTIPLE) for side in SIDES)
-    _, v_rank = latent_ranks(*both, launch_of(codec, LONG_STEP, device))
+    _, v_rank = latent_ranks(*codec.layout.plans(BLOCK_MULTIPLE), launch_of(codec, LONG_STEP, device))
     found: dict[object, tuple[int, int]] = {}
     for splits in (1, *PREFILL_SPLITS):
         for tokens in range(1, min(LATENT_TOKENS // splits, max_tokens) + 1):
