@@ -124,7 +124,7 @@ def bind_attention(
     rows = has_rows(launch)
     k_decode, v_decode = prepared.decodes(rows)
     bound = BoundAttention(
-        None if projected else bind_project(query, k_decode, prepared.k_mean, q_latent, q_bias)[0],
+        None if projected else bind_project(query, k_decode, prepared.k_mean, q_latent, q_bias, early=not rows)[0],
         bind_decode(
             q_latent, q_bias, kv_cache, k_plan, v_plan, block_table, seq_lens, query_start_loc, latent, lse, scale,
             max_query_len, sliding_window, soft_cap, wide_dtype, skip_first_chunks, launch,

@@ -17,7 +17,8 @@ PROGRAMS = 8  # the fastest of a sweep on an H200 at 1 x 32k, 8 x 8k, 64 x 4k an
 MOST_ACCUMULATORS = 20  # of 4 registers each, that 200 registers hold beside the rest
 MOST_PAIRS = 16  # of accumulators, for 16 columns, that 255 registers hold beside the rest
 MOST_RANKS = 256  # of K and V, whose queries and codes they hold too
-ROWS_FROM = 32  # columns, of layouts with codes of less than a byte; twice of others
+ROWS_FROM = 32  # columns
+FEW_RANKS = 128  # of K and V, for whose rows 128 registers are enough
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,16 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def rows_launch(columns: int, ranks: int, narrow: bool, device: torch.device) -> Launch | None:
+def rows_launch(columns: int, ranks: int, device: torch.device) -> Launch | None:
     """What many columns are launched with where the tensor cores take 64 rows at a time: queries as rows, two programs on a
-    multiprocessor. Three, of 168 registers, are faster at 16 x 32k tokens and slower by more at 64 x 4k. ``ranks``: stored
-    dimensions of K and V together; more would spill. ``narrow``: some codes take less than a byte.
+    multiprocessor, or four where ranks are few. Three, of 168 registers, are 6 % faster at 16 x 32k tokens and as much slower
+    at 64 x 4k, but for int8, faster at both. ``ranks``: stored dimensions of K and V together; more would spill.
 
     Not on Blackwell, whose tensor memory Triton 3.6 overruns with some layouts; nor with the mma of older GPUs, unmeasured.
     """
-    if columns < (ROWS_FROM if narrow else 2 * ROWS_FROM) or ranks > MOST_RANKS or not takes_64_rows(device):
+    if columns < ROWS_FROM or ranks > MOST_RANKS or not takes_64_rows(device):
         return None
-    return Launch(4, programs=2, rows=64)
+    return Launch(4, maxnreg=128, programs=4, rows=64) if ranks <= FEW_RANKS else Launch(4, programs=2, rows=64)
 
 
 @lru_cache(maxsize=8)

@@ -24,9 +24,13 @@ def _supported(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def pdl_options(device: torch.device) -> dict[str, bool]:
-    """Keyword arguments of a launch on ``device``: the constexpr PDL of the kernel, and Triton's own option with it."""
-    return {"PDL": True, "launch_pdl": True} if _supported(device) else {"PDL": False}
+def pdl_options(device: torch.device, early: bool = True) -> dict[str, int]:
+    """Keyword arguments of a launch on ``device``: the constexpr PDL of the kernel, and Triton's own option with it.
+
+    ``early``: the kernel after this one may start while this one runs. Else it starts when this one's programs have ended, and finds
+    the multiprocessors empty: where its programs do not fill them, those that start early crowd on the ones that are free.
+    """
+    return {"PDL": 1 if early else 2, "launch_pdl": True} if _supported(device) else {"PDL": 0}
 
 
 @triton.jit
@@ -38,6 +42,6 @@ def wait(PDL: tl.constexpr):
 
 @triton.jit
 def launch_dependents(PDL: tl.constexpr):
-    """The kernel after this one may start once every program has come here; nothing unless PDL."""
-    if PDL:
+    """The kernel after this one may start once every program has come here; nothing unless PDL, and an early one."""
+    if PDL == 1:
         tl.extra.cuda.gdc_launch_dependents()

@@ -108,7 +108,9 @@ def check_query(query: Tensor, k_decode: Tensor, k_mean: Tensor, q_latent: Tenso
         raise ValueError(f"query: expected a multiple of {H} heads, got {num_heads}")
 
 
-def bind_project(query: Tensor, k_decode: Tensor, k_mean: Tensor, q_latent: Tensor, q_bias: Tensor) -> Binding:
+def bind_project(
+    query: Tensor, k_decode: Tensor, k_mean: Tensor, q_latent: Tensor, q_bias: Tensor, early: bool = True
+) -> Binding:
     """Rotate queries into the latent space of K, writing into ``q_latent`` and ``q_bias``.
 
     Args:
@@ -116,6 +118,7 @@ def bind_project(query: Tensor, k_decode: Tensor, k_mean: Tensor, q_latent: Tens
             reads KV head h // (num_heads // H).
         k_decode: [H, 2, rank, head_dim] bf16, k_mean: [H, head_dim] fp32, of encode.Prepared.
         q_latent: [T, num_heads, rank] fp32; q_bias: [T, num_heads] fp32.
+        early: whether decode may start while this runs, see pdl_options.
     Returns:
         The launch of tensors of these shapes and strides, and these, in the order that it takes.
     Raises:
@@ -129,7 +132,7 @@ def bind_project(query: Tensor, k_decode: Tensor, k_mean: Tensor, q_latent: Tens
         project_query_kernel, (tiles.columns, H, tiles.tiles), T, query.stride(0), query.stride(1),
         H=H, GROUP=num_heads // H, HEAD_DIM=head_dim, RANK=rank,
         BLOCK_M=tiles.block_m, BLOCK_R=tiles.block_r, BLOCK_D=tiles.block_d,
-        num_warps=NUM_WARPS, num_stages=1, **pdl_options(query.device),
+        num_warps=NUM_WARPS, num_stages=1, **pdl_options(query.device, early),
     )  # fmt: skip
     return bound, (query, k_decode, k_mean, q_latent, q_bias)
 

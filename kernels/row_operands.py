@@ -49,14 +49,16 @@ PIECE = 32  # bytes of codes
 @triton.constexpr_function
 def _pieces(plan, wide):
     """[(tier, chunk, first element in it, elements)] that a tile is made of: 16-bit tiers, or else codes in runs that two threads
-    load for each token, so that all pieces lie in registers alike."""
+    load for each token, so that all pieces lie in registers alike. One that has no other is loaded whole, a line and not a
+    quarter of one at a time."""
+    chunks = [
+        (t, c) for t in range(num_tiers(plan)) if (tier_bits(plan, t) == 16) == wide for c in range(num_chunks(plan, t))
+    ]
     found = []
-    for t in range(num_tiers(plan)):
-        if (tier_bits(plan, t) == 16) == wide:
-            for c in range(num_chunks(plan, t)):
-                width = chunk_width(plan, t, c)
-                step = width if wide else min(width, PIECE)
-                found += [(t, c, first, step) for first in range(0, width, step)]
+    for t, c in chunks:
+        width = chunk_width(plan, t, c)
+        step = width if wide or len(chunks) == 1 else min(width, PIECE)
+        found += [(t, c, first, step) for first in range(0, width, step)]
     return found
 
 
@@ -130,6 +132,24 @@ def _tile_of(parts, PLAN: tl.constexpr, WIDE_ONES: tl.constexpr):
     return parts[len(parts) - 1]
 
 
+@triton.constexpr_function
+def _whole(plan):
+    """(threads that load a token's codes, rows of shared memory that they fill) of a tile of one piece."""
+    if _num_pieces(plan, False) != 1:
+        return 1, 1
+    return max(1, _pieces(plan, False)[0][3] // 16), max(1, _widths(plan, False)[0] // 32)
+
+
+@triton.jit
+def _in_rows(words, THREADS: tl.constexpr, ROWS: tl.constexpr):
+    """Columns of a tile of one piece so that threads beside one another store to one row of shared memory, other banks."""
+    R: tl.constexpr = words.shape[0]
+    W: tl.constexpr = words.shape[1]
+    if ROWS > 1:
+        words = tl.permute(tl.reshape(words, [R, THREADS, ROWS, W // (THREADS * ROWS)]), (0, 2, 1, 3))
+    return tl.reshape(words, [R, W])
+
+
 @triton.jit
 def _alternating(low, high):
     """Columns of two tiles [R, W] in turn, [R, 2 W]."""
@@ -154,7 +174,12 @@ def _merged(plan: Plan, wide: bool, half: int) -> list[int]:
         a, b = parts[left], parts[right] if right >= 0 else [-1] * len(parts[left])
         run = _run(len(a), wide)
         parts.append([d for i in range(0, len(a), run) for d in a[i : i + run] + b[i : i + run]])
-    return parts[-1] if parts else []
+    if not parts or wide:
+        return parts[-1] if parts else []
+    threads, rows = _whole(plan)
+    run = len(parts[-1]) // (threads * rows)
+    runs = [parts[-1][i : i + run] for i in range(0, len(parts[-1]), run)]
+    return [d for row in range(rows) for thread in range(threads) for d in runs[thread * rows + row]]
 
 
 def _piece_dims(plan: Plan, wide: bool, i: int, half: int) -> list[int]:
@@ -258,7 +283,7 @@ def code_tile(page, place, codes, PLAN: tl.constexpr):
     parts = ()
     for i in tl.static_range(_num_pieces(PLAN, False)):
         parts = parts + (_unpacked_piece(page, place, codes[_pieces(PLAN, False)[i][0]], PLAN, i),)
-    words = _tile_of(parts, PLAN, False)
+    words = _in_rows(_tile_of(parts, PLAN, False), _whole(PLAN)[0], _whole(PLAN)[1])
     low, high = words.to(tl.int16), (words >> 16).to(tl.int16)
     return _alternating(low.to(tl.float16, bitcast=True), high.to(tl.float16, bitcast=True))
 

@@ -123,7 +123,7 @@ def bind_write_and_project(
         K_RANK=rank_of(k_plan), K_PLAN=k_plan, V_RANK=rank_of(v_plan), V_PLAN=v_plan,
         BLOCK_T=write.block_t, WRITE_BLOCK_D=write.block_d,
         Q_RANK=q_rank, BLOCK_M=project.block_m, BLOCK_R=project.block_r, COLUMNS=project.columns, QUERY_BLOCK_D=project.block_d,
-        num_warps=NUM_WARPS, num_stages=1, **pdl_options(key.device),
+        num_warps=NUM_WARPS, num_stages=1, **pdl_options(key.device, early=not rows),
     )  # fmt: skip
     return bound, (query, key, value, kv_cache, slot_mapping, *bases, q_latent, q_bias)
 

@@ -43,11 +43,11 @@ def test_many_columns_are_tried_as_rows_too_and_first():
     columns, rows = Launch(4), Launch(4, 3, 168, 3, 64)
     for default in (columns, rows):
         variants = launch_choice.variants(default, columns, 64)
-        assert len(variants) == len(set(variants)) == 24 + 6 and variants[0] == default
-        n = 6 + (default == columns)
-        assert {v.rows for v in variants[n - 5 : n]} == {64} and {v.rows for v in variants[n:]} == {None}
+        assert len(variants) == len(set(variants)) == 24 + 9 and variants[0] == default
+        n = 9 + (default == columns)
+        assert {v.rows for v in variants[n - 8 : n]} == {64} and {v.rows for v in variants[n:]} == {None}
     found = launch_choice.candidates(default, variants)
-    assert len(found) == len(set(found)) == 24 * 5 + 6 * 4 and found[0] == rows
+    assert len(found) == len(set(found)) == 24 * 5 + 9 * 4 and found[0] == rows
     assert {launch.programs for launch in found if launch.rows} == {1, 2, 3, 4}
 
 

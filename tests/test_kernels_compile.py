@@ -163,7 +163,7 @@ def loop_instructions(cubin: bytes) -> int:
 
 def compile_one(arch: int, name: str, label: str, launch: Launch) -> str:
     """Compile through the JIT's own binder for the active architecture and describe the result in a line."""
-    dependent = {"PDL": True, "launch_pdl": True} if arch >= 90 and "PDL" in launch.options else {}
+    dependent = {"PDL": 1, "launch_pdl": True} if arch >= 90 and "PDL" in launch.options else {}
     compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **(launch.options | dependent))
     if "\ttrap;" in compiled.asm["ptx"]:  # all that Triton emits where tensor memory does not hold a kernel
         raise RuntimeError(f"a kernel of {launch.options.get('N')} rows that does not fit sm_{arch}")

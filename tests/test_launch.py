@@ -121,10 +121,11 @@ def test_many_columns_have_queries_as_rows_on_hopper_unless_a_file_says_otherwis
 
     wide = LatentLayout.of(256, [(8, 256)], [(8, 256)])
     int8 = LatentLayout.of(128, [(8, 128)], [(8, 128)])
-    v_only = LatentLayout.of(128, [(16, 128)], [(8, 32), (4, 96)])
-    assert (rows(LAYOUT, 2), rows(LAYOUT, 4), rows(v_only, 4)) == (None, expected, expected)  # 16 columns, 32, 32
-    assert (rows(int8, 4), rows(int8, 5)) == (None, expected)  # 32, 64
+    assert (rows(LAYOUT, 2), rows(LAYOUT, 4)) == (None, expected)  # 16 columns, 32
+    assert (rows(int8, 2), rows(int8, 4), rows(int8, 5)) == (None, expected, expected)
     assert (rows(LAYOUT, 1), rows(LAYOUT, 5), rows(wide, 5)) == (None, None, None)  # 64 of LAYOUT are measured
+    small, programs = LatentLayout.of(64, [(8, 64)], [(8, 64)]), 4 if expected else None
+    assert getattr(launch.tuned(small, 7, 5, CUDA), "programs", None) == programs
 
 
 def test_an_unknown_gpu_gets_the_default(folder, monkeypatch):

@@ -114,9 +114,11 @@ def test_planes_hold_16_bits_of_a_matrix_and_its_product_with_the_mean() -> None
 
 
 def test_a_dependent_launch_is_for_hopper_and_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cases.pdl.pdl_options(torch.device("cpu")) == {"PDL": False}
+    assert cases.pdl.pdl_options(torch.device("cpu")) == {"PDL": 0}
     monkeypatch.setattr(cases.triton.knobs.runtime, "interpret", False)
     for number, capability in enumerate(((8, 0), (8, 9), (9, 0), (10, 0))):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        options = cases.pdl.pdl_options(torch.device("cuda", 90 + number))  # numbers that no other test asks about
-        assert options == ({"PDL": True, "launch_pdl": True} if capability >= (9, 0) else {"PDL": False})
+        device = torch.device("cuda", 90 + number)  # numbers that no other test asks about
+        for early, value in ((True, 1), (False, 2)):
+            options = cases.pdl.pdl_options(device, early)
+            assert options == ({"PDL": value, "launch_pdl": True} if capability >= (9, 0) else {"PDL": 0})

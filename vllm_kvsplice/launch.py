@@ -119,8 +119,7 @@ def wants_rows(layout: LatentLayout, device: torch.device) -> bool:
 
 def many_columns(layout: LatentLayout, columns: int, device: torch.device) -> Launch | None:
     """The default of steps of several tokens a request on Hopper, elsewhere and of others None."""
-    narrow = any(0 < tier.bits < 8 for side in (layout.k, layout.v) for tier in side)
-    return rows_launch(columns, layout.rank("k") + layout.rank("v"), narrow, device)
+    return rows_launch(columns, layout.rank("k") + layout.rank("v"), device)
 
 
 @lru_cache(maxsize=8)

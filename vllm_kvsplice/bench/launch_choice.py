@@ -18,11 +18,11 @@ WARPS = 1, 2  # times the default's
 STAGES = 3, 2, 4
 REGISTERS = 200, 168, None, 128  # of a thread: 10, 12, 8 and 16 warps on a multiprocessor
 PROGRAMS = 8, 10, 12, 16, 6
-# Queries as rows, from ROWS_FROM columns on: 4 warps for 64 rows. Three programs of 168 registers lie on a multiprocessor, two
-# of what most layouts take without a limit. More rows would stay empty: no step of few tokens a request has more columns.
+# Queries as rows, from ROWS_FROM columns on: 4 warps for 64 rows. Four programs of 128 registers lie on a multiprocessor, three of
+# 168, two of what most layouts take without a limit. More rows would stay empty: no step of few tokens a request has more columns.
 ROWS, ROWS_WARPS = 64, 4
 ROWS_STAGES = 3, 2, 4
-ROWS_REGISTERS = None, 168
+ROWS_REGISTERS = None, 168, 128
 ROWS_PROGRAMS = 2, 3, 1, 4
 LEAST_GAIN = 1.02  # below this, a default that all GPUs share is worth more
 

@@ -21,7 +21,7 @@ from vllm_kvsplice.serving.metadata import Prefills, once
 
 # Above so many tokens a step is expanded in any case: bounds what the latent kernel's scratch takes.
 LATENT_TOKENS = 1024
-PREFILL_SPLITS = (32, 16, 8, 4)  # of the keys, of few prefill tokens: each is variants of reduce_expand to compile
+PREFILL_SPLITS = (64, 32, 16, 8, 4)  # of the keys, of few prefill tokens: each is variants of reduce_expand to compile
 PREFILL_PROGRAMS = 4  # of the latent kernel on a multiprocessor, where its launch is not one that counts them
 LONG_STEP = 1024  # tokens: past the sizes at which the launchers change their tiles
 
