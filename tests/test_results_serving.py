@@ -100,6 +100,22 @@ def test_greedy_answers_are_quoted_as_measured():
     assert f"lie {min(behind):.5f} to {max(behind):.5f} nats behind" in PERFORMANCE
 
 
+def test_the_time_to_the_first_token_is_quoted_as_measured():
+    names = ("kvsplice:near_lossless", "bf16")
+    sweeps = {s["name"]: s["sweep"][0] for s in RESULTS["serve-ttft-h200"]["settings"]}
+    (ours, bf16), (ours_new, bf16_new) = (
+        [sweeps[name][kind]["vllm"]["median_ttft_ms"] for name in names] for kind in ("returning", "fresh")
+    )
+    cached = f"comes after {ours:.0f} ms, with bf16 after {bf16:.0f} ("
+    assert f"the first token of a cached prompt of 16384 tokens {cached}`serve-ttft-h200`)" in README
+    spans = [[1e3 * s for s in sweeps[name]["returning"]["requests"]["ttft_s"]] for name in names]
+    span = " and ".join(f"{min(ms):.0f} to {max(ms):.0f}" for ms in spans)
+    assert f"{cached}medians of four, {span}; 64 new tokens" in PERFORMANCE
+    assert f"new one after {ours_new:.0f} and {bf16_new:.0f} (`serve-ttft-h200`" in PERFORMANCE
+    new = [round((1 - sweeps[name]["returning"]["prefix_hit_share"]) * 16384) for name in names]
+    assert new == [64, 16]
+
+
 def test_throughput_is_quoted_as_measured():
     settings = {s["name"]: s["sweep"] for s in RESULTS["saturation-h200"]["settings"]}
     for users, kind, shown in (
