@@ -55,8 +55,8 @@ def multiprocessors(device: torch.device) -> int:
 
 def rows_launch(columns: int, ranks: int, device: torch.device) -> Launch | None:
     """What many columns are launched with where the tensor cores take 64 rows at a time: queries as rows, two programs on a
-    multiprocessor, or four where ranks are few. Three, of 168 registers, are 6 % faster at 16 x 32k tokens and as much slower
-    at 64 x 4k, but for int8, faster at both. ``ranks``: stored dimensions of K and V together; more would spill.
+    multiprocessor, or four where ranks are few. Three, of 168 registers, are faster at 16 x 32k tokens and slower at 64 x 4k,
+    but for int8 (configs/launch). ``ranks``: stored dimensions of K and V together; more would spill.
 
     Not on Blackwell, whose tensor memory Triton 3.6 overruns with some layouts; nor with the mma of older GPUs, unmeasured.
     """

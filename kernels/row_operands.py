@@ -49,15 +49,16 @@ PIECE = 32  # bytes of codes
 @triton.constexpr_function
 def _pieces(plan, wide):
     """[(tier, chunk, first element in it, elements)] that a tile is made of: 16-bit tiers, or else codes in runs that two threads
-    load for each token, so that all pieces lie in registers alike. One that has no other is loaded whole, a line and not a
-    quarter of one at a time."""
+    load for each token, so that all pieces lie in registers alike. A run of bytes that has no other beside it is loaded whole, a
+    line and not a quarter of one at a time."""
     chunks = [
         (t, c) for t in range(num_tiers(plan)) if (tier_bits(plan, t) == 16) == wide for c in range(num_chunks(plan, t))
     ]
     found = []
     for t, c in chunks:
         width = chunk_width(plan, t, c)
-        step = width if wide or len(chunks) == 1 else min(width, PIECE)
+        whole = wide or (len(chunks) == 1 and tier_bits(plan, t) == 8)
+        step = width if whole else min(width, PIECE)
         found += [(t, c, first, step) for first in range(0, width, step)]
     return found
 
@@ -145,9 +146,8 @@ def _in_rows(words, THREADS: tl.constexpr, ROWS: tl.constexpr):
     """Columns of a tile of one piece so that threads beside one another store to one row of shared memory, other banks."""
     R: tl.constexpr = words.shape[0]
     W: tl.constexpr = words.shape[1]
-    if ROWS > 1:
-        words = tl.permute(tl.reshape(words, [R, THREADS, ROWS, W // (THREADS * ROWS)]), (0, 2, 1, 3))
-    return tl.reshape(words, [R, W])
+    runs = tl.reshape(words, [R, THREADS, ROWS, W // (THREADS * ROWS)])
+    return tl.reshape(tl.permute(runs, (0, 2, 1, 3)), [R, W])
 
 
 @triton.jit

@@ -105,6 +105,7 @@ ATTENTION = {
     "balanced-128": Case(head_dim=128, k=((8, 16), (4, 80), (2, 32)), v=((8, 32), (4, 32), (2, 64)), num_kv_heads=1,
                          seq_lens=(90, 3)),
     "max-128": Case(head_dim=128, k=((4, 64), (2, 64)), v=((4, 64), (2, 64)), num_kv_heads=1, seq_lens=(90, 3)),
+    "int8-128": Case(head_dim=128, k=((8, 128),), v=((8, 128),), num_kv_heads=1, seq_lens=(90, 3)),
     "four-tiers-not-powers-of-two": Case(
         head_dim=80, k=((16, 8), (8, 24), (4, 24), (2, 24)), v=((16, 16), (8, 8), (4, 40), (2, 16)), block_size=48,
         seq_lens=(50, 3), dtype=torch.float16,

@@ -319,9 +319,11 @@ def compiled_variants(codec, num_reqs: int, query_len: int, splits: int, found) 
     return {(name, *bound.launch[3].items()) for name, (bound, _) in zip("wdr", bounds, strict=True)}
 
 
+@pytest.mark.parametrize("dropped", [0, 48])
 @pytest.mark.parametrize("heads, H", [(14, 2), (7, 1), (4, 1), (10, 2), (16, 2)])
-def test_warm_up_meets_every_variant_of_padded_columns(serving, monkeypatch, heads, H):
-    """V has 80 dimensions and, as rows, 128 columns: the same step is another variant by its launch."""
+def test_warm_up_meets_every_variant_of_rows(serving, monkeypatch, heads, H, dropped):
+    """V has 128 or 80 dimensions and, as rows, 128 columns: the same step is another variant by its launch, whose decode starts
+    early or not."""
     from kvsplice_kernels.decode import query_tile
     from kvsplice_kernels.launch import Launch
     from vllm_kvsplice.serving import warm_up
@@ -334,14 +336,19 @@ def test_warm_up_meets_every_variant_of_padded_columns(serving, monkeypatch, hea
     monkeypatch.setattr(triton_path, "tuned", tuned)
     monkeypatch.setattr("kvsplice_kernels.reduce_expand.takes_64_rows", lambda device: True)
     monkeypatch.setattr(warm_up, "takes_64_rows", lambda device: True)
-    layout = LatentLayout.of(128, [(8, 32), (4, 96)], [(8, 16), (4, 64), (0, 48)])
+    monkeypatch.setattr(
+        "kvsplice_kernels.write_and_project.pdl_options", lambda device, early: {"PDL": 1 if early else 2}
+    )
+    layout = LatentLayout.of(
+        128, [(8, 32), (4, 96)], [(8, 16), (4, 112 - dropped), (0, dropped)][: 3 if dropped else 2]
+    )
     codec = LayerCodec(layout, layout.bytes_per_token_head, torch.bfloat16, heads, H, 0.1, None, None)
 
     def variants(num_reqs: int, query_len: int) -> set[object]:
         splits = triton_path.num_splits(codec, num_reqs, query_len, 32768, cpu)
         return compiled_variants(codec, num_reqs, query_len, splits, tuned(layout, heads // H, query_len, cpu))
 
-    steps = warm_up.decode_steps(codec, 16, 8, Limits(40, 8192, 32768), cpu)
+    steps = warm_up.decode_steps(codec, 16, 8, Limits(250, 8192, 32768), cpu)
     warm = set().union(*(variants(*step) for step in steps))
-    met = set().union(*(variants(n, q) for n in range(1, 41) for q in range(1, 9)))
-    assert met <= warm and len(steps) < 60
+    met = set().union(*(variants(n, q) for n in range(1, 251) for q in range(1, 9)))
+    assert met <= warm and len(steps) < 90

@@ -17,7 +17,7 @@ from torch import Tensor
 from kvsplice_kernels.cache_write import write_tiles
 from kvsplice_kernels.checks import next_power_of_2
 from kvsplice_kernels.decode import latent_ranks, launched_tile
-from kvsplice_kernels.launch import takes_64_rows
+from kvsplice_kernels.launch import has_rows, takes_64_rows
 from kvsplice_kernels.project_query import query_tiles
 from kvsplice_kernels.reduce_expand import ReduceTiles, reduce_tiles
 from kvsplice_kernels.write_and_project import step_sizes
@@ -126,7 +126,7 @@ def decode_steps(
             block_t = write_tiles(tokens, codec.num_kv_heads, head_dim, both).block_t
             splits = num_splits(codec, num_reqs, query_len, limits.max_model_len, device)
             tiles = _reduce_tiles(codec, tokens, query_len, v_rank, splits, device)
-            write = "write", block_t, project.block_m, project.block_r, k_rank
+            write = "write", block_t, project.block_m, project.block_r, k_rank, has_rows(launch)
             step = "decode", launch, tile, query_len <= tile[0], *ranks
             reduce = "reduce", query_len == 1, query_len <= tiles.tile_tokens, (splits - 1).bit_length(), tiles, v_rank
             variants = {write, step, reduce}
