@@ -28,7 +28,7 @@ def pdl_options(device: torch.device, early: bool = True) -> dict[str, int]:
     """Keyword arguments of a launch on ``device``: the constexpr PDL of the kernel, and Triton's own option with it.
 
     ``early``: the kernel after this one may start while this one runs. Else it starts when this one's programs have ended, and finds
-    the multiprocessors empty: where its programs do not fill them, those that start early crowd on the ones that are free.
+    the multiprocessors empty: where its programs do not fill them, those that start early would crowd on the ones that are free.
     """
     return {"PDL": 1 if early else 2, "launch_pdl": True} if _supported(device) else {"PDL": 0}
 

@@ -49,8 +49,8 @@ PIECE = 32  # bytes of codes
 @triton.constexpr_function
 def _pieces(plan, wide):
     """[(tier, chunk, first element in it, elements)] that a tile is made of: 16-bit tiers, or else codes in runs that two threads
-    load for each token, so that all pieces lie in registers alike. A run of bytes that has no other beside it is loaded whole, a
-    line and not a quarter of one at a time."""
+    load for each token, so that all pieces lie in registers alike. 8-bit codes that are one run have no others to lie like, and are
+    loaded whole: lines of 128 bytes, not quarters of them. Of fewer bits that is unmeasured."""
     chunks = [
         (t, c) for t in range(num_tiers(plan)) if (tier_bits(plan, t) == 16) == wide for c in range(num_chunks(plan, t))
     ]
@@ -135,7 +135,8 @@ def _tile_of(parts, PLAN: tl.constexpr, WIDE_ONES: tl.constexpr):
 
 @triton.constexpr_function
 def _whole(plan):
-    """(threads that load a token's codes, rows of shared memory that they fill) of a tile of one piece."""
+    """(threads that load a token's codes, 16 bytes each; rows of shared memory, 128 bytes, that they fill) of a tile of one
+    piece; (1, 1), by which _in_rows changes nothing, of others."""
     if _num_pieces(plan, False) != 1:
         return 1, 1
     return max(1, _pieces(plan, False)[0][3] // 16), max(1, _widths(plan, False)[0] // 32)
@@ -163,9 +164,11 @@ def column_order(plan: Plan) -> tuple[int, ...]:
 
 
 def _order(plan: Plan, wide: bool) -> list[int]:
-    """What _tile_of and code_tile do, of dimensions instead of numbers."""
-    halves = [_merged(plan, wide, half) for half in ((0,) if wide else (0, 1))]
-    return [d for column in zip(*halves, strict=True) for d in column]
+    """What wide_tile or code_tile do, of dimensions instead of numbers."""
+    if wide:
+        return _merged(plan, wide, 0)
+    halves = [torch.tensor(_merged(plan, wide, half)).view(*_whole(plan), -1).transpose(0, 1) for half in (0, 1)]
+    return [int(d) for d in torch.stack(halves, dim=-1).flatten()]
 
 
 def _merged(plan: Plan, wide: bool, half: int) -> list[int]:
@@ -174,12 +177,7 @@ def _merged(plan: Plan, wide: bool, half: int) -> list[int]:
         a, b = parts[left], parts[right] if right >= 0 else [-1] * len(parts[left])
         run = _run(len(a), wide)
         parts.append([d for i in range(0, len(a), run) for d in a[i : i + run] + b[i : i + run]])
-    if not parts or wide:
-        return parts[-1] if parts else []
-    threads, rows = _whole(plan)
-    run = len(parts[-1]) // (threads * rows)
-    runs = [parts[-1][i : i + run] for i in range(0, len(parts[-1]), run)]
-    return [d for row in range(rows) for thread in range(threads) for d in runs[thread * rows + row]]
+    return parts[-1] if parts else []
 
 
 def _piece_dims(plan: Plan, wide: bool, i: int, half: int) -> list[int]:
